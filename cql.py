@@ -807,8 +807,8 @@ def q_health(metrics, data, gamma, if_high, if_low):
         what = f"Q(s, pi(s)) = {q_policy:.4g} is below every return possible ({low:.4g})"
         return f"{what}: the critic is too pessimistic. {if_low}"
     mean = data.discounted_returns(gamma).mean()
-    possible = f"within the possible returns ({low:.4g} to {high:.4g})"
-    return f"Q(s, pi(s)) = {q_policy:.4g}, Q on the data {q_data:.4g} (its returns: {mean:.4g}), {possible}"
+    data_q = f"Q on the data {q_data:.4g}, where discounted returns average {mean:.4g}"
+    return f"Q(s, pi(s)) = {q_policy:.4g}, {data_q}; possible are {low:.4g} to {high:.4g}"
 
 
 # <<< shared: health
@@ -909,7 +909,7 @@ def resumed_args(args):
 
 
 def create_folder(args):
-    """<out_dir>/<algorithm>__<dataset>__s<seed>__<time>, with args.json and the source that runs."""
+    """out_dir/<algorithm>__<dataset>__s<seed>__<time>, with args.json and the source that runs."""
     dataset = "+".join(args.dataset_id).replace("/", "-")
     stamp = time.strftime("%Y%m%d-%H%M%S") + f"-{time.time_ns() // 1000 % 10**6:06d}"
     folder = Path(args.out_dir) / f"{ALGORITHM}__{dataset}__s{args.seed}__{stamp}"
@@ -1000,32 +1000,34 @@ def log(run, update, metrics, episodes, bar):
 
 def finish(run):
     """Prints the table, writes result.json (its presence says that the run is complete)."""
-    args, row, reference = run.args, dict(run.metrics[-1]), run.data.reference
+    args, row, data_returns = run.args, dict(run.metrics[-1]), run.data.returns
     returns = np.array([r["return"] for r in run.returns if r["step"] == row["step"]])
-    result = {"algorithm": ALGORITHM, "dataset": "+".join(args.dataset_id), "seed": args.seed}
-    result |= {"steps": row.pop("step"), "return_mean": row.pop("return_mean")}
-    result |= {
+    result = {
+        "algorithm": ALGORITHM,
+        "dataset": "+".join(args.dataset_id),
+        "seed": args.seed,
+        "steps": row.pop("step"),
+        "return_mean": row.pop("return_mean"),
         "return_std": None,
         "score": None,
-        "data_return_mean": run.data.returns.mean().item(),
+        "data_return_mean": data_returns.mean().item(),
+        **row,
+        "health": run.agent.health(row, run.data),
+        "seconds": time.perf_counter() - run.began,
     }
-    result |= {"seconds": time.perf_counter() - run.began}
-    result |= {**row, "health": run.agent.health(row, run.data)}
-    lines = [f"run                   {ALGORITHM} on {result['dataset']}, seed {args.seed}"]
-    lines += [
-        f"return of the data    {run.data.returns.mean():.1f} +- {run.data.returns.std():.1f}"
-    ]
+    lines = [f"{ALGORITHM} on {result['dataset']}, seed {args.seed}, {result['steps']} updates"]
+    lines += [f"return of the data    {data_returns.mean():.1f} +- {data_returns.std():.1f}"]
     if len(returns):
         result["return_std"] = returns.std().item()
         over = f"over {len(returns)} episodes, deterministic policy"
         lines += [f"return of the policy  {returns.mean():.1f} +- {returns.std():.1f} {over}"]
-    if len(returns) and reference:
-        low, high = reference
+    if len(returns) and run.data.reference:
+        low, high = run.data.reference
         result["score"] = (100 * (returns.mean() - low) / (high - low)).item()
         scale = f"0: {low:.1f}, random actions; 100: {high:.1f}, the reference policy"
         lines += [f"normalised score      {result['score']:.1f} ({scale})"]
     lines += [f"health                {result['health']}"]
-    lines += [f"time                  {result['seconds']:.0f} s, {result['steps']} updates"]
+    lines += [f"time                  {result['seconds']:.0f} s"]
     print("\n" + "\n".join(lines))
     write(run.folder / "result.json", json.dumps(result, indent=2))
     return result
