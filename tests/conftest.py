@@ -1,0 +1,19 @@
+"""What all tests share: the root on the path, one thread, no datasets of the machine's user."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def empty_minari_root(tmp_path_factory, monkeypatch):
+    """Built-in datasets come from memory, and tests can store their own ones."""
+    root = tmp_path_factory.mktemp("minari")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(root))
+    return root
