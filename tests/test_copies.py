@@ -1,6 +1,6 @@
 """The files share nothing but text: the blocks between `# >>> shared: name` and
-`# <<< shared: name` are the same in every file. After a change in one file, `python tests/test_copies.py --fix cql.py`
-copies its blocks into the others."""
+`# <<< shared: name` are the same in every file. After a change in one file,
+`python tests/test_copies.py --fix cql.py` copies its blocks into the others."""
 
 import ast
 import difflib
