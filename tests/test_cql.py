@@ -174,6 +174,24 @@ def test_continuous_gap_ignores_a_constant_and_trains_no_policy():
     assert torch.autograd.grad(gap.sum(), pi.mean, allow_unused=True) == (None,)
 
 
+def test_continuous_proposals_are_uniform_and_from_both_policies_all_valued_at_s():
+    seen = []
+
+    def spy(obs, action):
+        seen.append((obs, action))
+        return action.sum(-1)
+
+    agent = continuous_agent(samples=1000)
+    agent.critic, obs = Function(spy), torch.randn(2, 3)
+    narrow = [Normal(torch.full((2, 1), mean), torch.full((2, 1), 1e-3)) for mean in (-1.0, 1.0)]
+    agent.gap(obs, torch.zeros(2, 2), *narrow)
+    ((its_obs, action),) = seen
+    assert torch.equal(its_obs, obs.expand(3000, 2, 3))
+    uniform, from_pi, from_pi_next = action.split(1000)
+    assert uniform.mean().abs() < 0.05 and uniform.std() == pytest.approx(3**-0.5, abs=0.02)
+    assert from_pi.max() < -0.7 and from_pi_next.min() > 0.7
+
+
 # ---- The lower bound and other exact answers, tabular ----
 
 
@@ -342,10 +360,10 @@ def clone(module):
 def test_alpha_0_is_double_dqn_bit_for_bit():
     torch.manual_seed(0)
     space = Units(BOX, spaces.Discrete(4))
-    agent = DiscreteCQL(Data(space), Args(alpha=0.0, hidden=(16, 16)))
+    agent = DiscreteCQL(Data(space), Args(alpha=0.0, hidden=(16, 16), critic_lr=3e-2))
     q, q_target = clone(agent.critic), clone(agent.critic_target)
-    optimizer = torch.optim.Adam(q, lr=1e-3, fused=True)
-    for seed in range(5):
+    optimizer = torch.optim.Adam(q, lr=3e-2, fused=True)
+    for seed in range(20):
         torch.manual_seed(seed)
         batch = random_batch(agent)
         with torch.no_grad():
@@ -409,6 +427,17 @@ def test_alpha_0_is_sac_without_entropy_in_the_backup_bit_for_bit():
     for mine, its in ((q, agent.critic), (q_target, agent.critic_target), (pi, agent.policy)):
         assert all(torch.equal(a, b) for a, b in zip(mine, its.parameters(), strict=True))
     assert torch.equal(log_temperature, agent.log_temperature)
+
+
+def test_the_continuous_update_lowers_the_gap():
+    """Without the penalty, or without its gradient, the net gap stays about 0, that of a flat Q."""
+    torch.manual_seed(0)
+    agent = continuous_agent(alpha=5.0, critic_lr=3e-3)
+    batch = random_batch(agent, 64)._replace(action=torch.full((64, 1), 0.5))
+    before = agent.update(batch)["gap_net"]
+    for _ in range(300):
+        metrics = agent.update(batch)
+    assert before > -0.3 and metrics["gap_net"] < -0.8
 
 
 @pytest.mark.parametrize("make", [discrete_agent, continuous_agent])
