@@ -44,7 +44,8 @@ Written from the paper; no code taken from elsewhere. Pendulum, a minute on two 
 On MuJoCo data, with the paper's settings (hours):
 
   python cql.py --dataset-id mujoco/hopper/medium-v0 --alpha 5 --samples 10 --hidden 256 256 256 \
-    --actor-lr 3e-5 --critic-lr 3e-4 --steps 1000000 --log-every 5000 --eval-every 50000
+    --actor-lr 3e-5 --critic-lr 3e-4 --polyak 0.005 --steps 1000000 --log-every 5000 \
+    --eval-every 50000
 """
 
 import csv
@@ -110,7 +111,7 @@ class Args:
     """widths of the hidden layers, for example 256 256"""
     gamma: float = 0.99
     """discount"""
-    polyak: float = 0.005
+    polyak: float = 0.01
     """rate of the target networks: Q' <- (1 - polyak) Q' + polyak Q"""
     normalize_obs: bool = False
     """standardise observations by the mean and deviation of the dataset"""
