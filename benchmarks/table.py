@@ -43,14 +43,14 @@ def main():
     parser.add_argument("--vary", nargs="+", default=[], help="a flag's name and its values")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--out-dir", default="runs/benchmark")
-    parser.add_argument("rest", nargs="*", help="after --: flags for the file")
-    args = parser.parse_args()
+    own, _, rest = " ".join(sys.argv[1:]).partition(" -- ")
+    args = parser.parse_args(own.split())
     name, values = (args.vary or [""])[0], args.vary[1:] or [""]
     cells = list(product(args.datasets, values))
     jobs = [
         [f"--dataset-id={dataset}", f"--seed={seed}", f"--out-dir={args.out_dir}", "--eval-every=0"]
         + ([f"--{name}={value}"] if name else [])
-        + args.rest
+        + rest.split()
         for (dataset, value), seed in product(cells, args.seeds)
     ]
     with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
