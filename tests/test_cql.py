@@ -575,3 +575,41 @@ def test_other_wrong_flags():
         discrete_agent(bc_weight=1.0)
     with pytest.raises(cql.UserError, match="--samples"):
         continuous_agent(samples=0)
+
+
+# ---- Learning on the built-in data, default flags ----
+# Bounds: the mean over seeds 0 to 4 less two standard errors of what the test averages, or the
+# project's goal where the seeds hardly differ. benchmarks/table.py makes the figures again.
+
+
+def final(dataset, tmp_path, **flags):
+    args = Args(dataset_id=(dataset,), out_dir=str(tmp_path), eval_every=0, **flags)
+    return cql.main(args)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "bound"),
+    [
+        ("cartpole/mixed-v0", 475),  # 500 ± 0, the data 245
+        ("cartpole/expert-v0", 475),  # 500 ± 0, the data 500
+        ("cartpole/medium-v0", 217),  # 225 ± 4, the data 148
+        ("pendulum/mixed-v0", -190),  # MEASURED
+    ],
+)
+def test_learns(dataset, bound, tmp_path):
+    result = final(dataset, tmp_path)
+    assert result["return_mean"] >= bound
+    assert "possible are" in result["health"]
+
+
+def test_learns_from_random_actions(tmp_path):
+    """168 ± 59 over the seeds, the data 22: three of them average more than 100."""
+    returns = [final("cartpole/random-v0", tmp_path, seed=s)["return_mean"] for s in range(3)]
+    assert np.mean(returns) >= 100
+
+
+def test_without_the_penalty_it_collapses_and_says_so(tmp_path):
+    result = final("cartpole/expert-v0", tmp_path, alpha=0.0)
+    assert result["return_mean"] < 20  # 9.4 ± 0.0, the data 500
+    assert result["q_policy"] > 100
+    assert "exceeds every return possible" in result["health"] and "--alpha" in result["health"]

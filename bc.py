@@ -1,0 +1,926 @@
+"""Behaviour cloning (BC): the most likely policy given the data, which it can only imitate.
+
+BC reads no rewards, so it is the baseline that every offline method has to beat. Percentile BC
+(--top-fraction) imitates only the episodes of the highest return: hard to beat where good episodes
+exist, helpless where a good policy has to be put together from parts of them.
+
+Paper: Pomerleau (1988), ALVINN. Percentile BC: Chen et al. (2021), arXiv 2106.01345, section 5.1.
+
+  (1) L_pi = -mean[ log pi(a|s) ]
+  (2) D_X  = the episodes of the highest return, as many as hold the share X of the transitions
+
+pi is, for Box actions, a Gaussian of mean tanh(net(s)) and of a deviation free of s; it is not
+squashed, its samples are clipped. For Discrete actions it is categorical: (1) is cross entropy.
+
+Symbols: X = top_fraction. N batch, O observation, A action size (Box) or number of actions
+(Discrete).
+
+Metrics: actor_loss (1); on a fixed sample of the training data nll = -log pi(a|s) and
+action_distance from the mode of pi to a: RMS in units of [-1, 1], for Discrete the share of states
+where they differ; held_out_nll, the nll of the episodes that --held-out keeps from training: where
+it rises while nll falls, the policy learns the data by heart.
+
+Differs from the papers:
+  D1 A likelihood, not a squared error: its mean is the same, and the trained policy is a density
+     that other methods can use. One mode only: between two good actions lies a third.
+  D2 X counts transitions, as in the paper of (2); others count episodes.
+
+Written from the papers; no code taken from elsewhere. Pendulum, half a minute on two cores:
+
+  python bc.py
+  python bc.py --top-fraction 0.1
+
+On MuJoCo data, with the usual settings (an hour):
+
+  python bc.py --dataset-id mujoco/hopper/medium-v0 --normalize-obs --hidden 256 256 --lr 3e-4 \
+    --steps 1000000 --log-every 5000 --eval-every 50000
+"""
+
+import csv
+import io
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import gymnasium as gym
+import minari
+import numpy as np
+import torch
+import tyro
+from gymnasium import spaces
+from minari.data_collector import EpisodeBuffer
+from minari.serialization import deserialize_space, serialize_space
+from torch import nn
+from torch.distributions import Categorical, Independent, Normal
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    # Data and run
+    dataset_id: tuple[str, ...] = ("pendulum/mixed-v0",)
+    """Minari ids, mixed if several; built in {pendulum,cartpole}/{random,medium,expert,mixed}-v0"""
+    env_id: str | None = None
+    """Gymnasium environment for the evaluation; default: the one that the dataset names"""
+    seed: int = 0
+    """seed of the networks, the batches and the sampled actions"""
+    steps: int = 5_000
+    """gradient updates"""
+    log_every: int = 250
+    """updates between two rows of metrics.csv, each with a checkpoint"""
+    eval_every: int = 1_000
+    """updates between two evaluations, a multiple of --log-every; 0: only the final one"""
+    eval_episodes: int = 100
+    """episodes of the final evaluation, a tenth of it along the way; 0: no evaluation"""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto: cuda where there is one, else cpu"""
+    out_dir: str = "runs"
+    """where the run's folder is made"""
+    resume: str | None = None
+    """folder of a run to go on with; takes all other flags from there"""
+    # Optimisation
+    batch_size: int = 256
+    """transitions per update (N)"""
+    hidden: tuple[int, ...] = (128, 128)
+    """widths of the hidden layers, for example 256 256"""
+    lr: float = 1e-3
+    """learning rate of all networks"""
+    normalize_obs: bool = False
+    """standardise observations by the mean and deviation of the dataset"""
+    # BC
+    top_fraction: float = 1.0
+    """X in (2): share of the transitions, taken from the episodes of the highest return"""
+    held_out: float = 0.05
+    """share of these episodes that is kept from training, for held_out_nll; 0: none"""
+    reward_scale, reward_shift = 1.0, 0.0  # no flags: BC reads no rewards
+
+
+class Agent(nn.Module):
+    """BC. Only the networks know whether actions are Box or Discrete."""
+
+    has_density = True
+
+    def __init__(self, data, args):
+        super().__init__()
+        if not (0 < args.top_fraction <= 1 and 0 <= args.held_out < 1):
+            raise UserError("--top-fraction must lie in (0, 1] and --held-out in [0, 1)")
+        self.args, self.units = args, data.units
+        Policy = CategoricalPolicy if self.units.discrete else GaussianPolicy
+        self.policy = Policy(self.units, args.hidden)
+        self.optimizer = adam(self.policy.parameters(), args.lr)
+        self.optimizers = [self.optimizer]
+        if data.all:  # not in load_policy
+            train, held_out = choose_episodes(data, args)
+            self.kept_returns = data.returns[train + held_out]
+            self.held_out = data.batch(transitions(data, held_out))
+            data.train = transitions(data, train)
+
+    def actor_loss(self, batch):
+        """(1)"""
+        log_prob = self.policy(batch.obs).log_prob(batch.action)
+        assert log_prob.shape == batch.reward.shape
+        return -log_prob.mean()
+
+    def update(self, batch):
+        """One gradient step. Returns metrics as tensors: nothing waits for the device."""
+        actor_loss = self.actor_loss(batch)
+        step(self.optimizer, actor_loss)
+        return {"actor_loss": actor_loss}
+
+    def diagnose(self, batch):
+        """How the policy stands to the data that it has seen, and to those held out."""
+        distance = self.policy.distance(self.policy(batch.obs).mode, batch.action)
+        metrics = {"nll": self.actor_loss(batch), "action_distance": distance}
+        if len(self.held_out.obs):
+            metrics["held_out_nll"] = self.actor_loss(self.held_out)
+        return metrics
+
+    def health(self, metrics, data):
+        kept, every = self.kept_returns, data.returns
+        line = f"imitates {len(kept)} of {len(every)} episodes, return {kept.mean():.1f} on average"
+        line += f"; NLL {metrics['nll']:.3f}"
+        if "held_out_nll" not in metrics:
+            return line
+        line += f", {metrics['held_out_nll']:.3f} on episodes held out"
+        if metrics["held_out_nll"] > metrics["nll"] + 0.5:
+            line += (
+                ": it learns the data by heart. Lower --steps or --hidden, or raise --top-fraction."
+            )
+        return line
+
+    @torch.no_grad()
+    def act(self, obs, deterministic=True):
+        """Raw observations (N, ...) -> environment actions (N, ...), pi's mode or a sample."""
+        pi = self.policy(self.units.obs(obs))
+        return self.units.env_action(pi.mode if deterministic else pi.sample())
+
+    @torch.no_grad()
+    def log_prob(self, obs, action):
+        """log pi(a|s) (N,) of raw observations and environment actions (N, ...), in their units."""
+        log_prob = self.policy(self.units.obs(obs)).log_prob(self.units.action(action))
+        return log_prob if self.units.discrete else log_prob - self.units.half_range.log().sum()
+
+    @torch.no_grad()
+    def probabilities(self, obs):
+        """Raw observations (N, ...) -> (N, A), Discrete actions only."""
+        return self.policy(self.units.obs(obs)).probs
+
+
+def choose_episodes(data, args):
+    """(2) less --held-out of it, drawn at random -> two lists of episodes."""
+    best_first = (-data.returns).argsort(kind="stable")
+    lengths = np.bincount(data.episode.cpu())[best_first]
+    before = lengths.cumsum() - lengths  # transitions in better episodes
+    kept = np.sort(best_first[before < args.top_fraction * lengths.sum()])
+    kept = np.random.default_rng(args.seed).permutation(kept).tolist()
+    held_out = min(math.ceil(args.held_out * len(kept)), len(kept) - 1)
+    return kept[held_out:], kept[:held_out]
+
+
+def transitions(data, episodes):
+    """The indices (n,) of all transitions of these episodes."""
+    wanted = torch.tensor(episodes, dtype=torch.int64, device=data.episode.device)
+    return torch.isin(data.episode, wanted).nonzero()[:, 0]
+
+
+class GaussianPolicy(nn.Module):
+    """pi(.|s) for Box actions: obs (N, O) -> a distribution over actions (N, A). Not squashed: what
+    leaves [-1, 1] is clipped on its way to the environment."""
+
+    def __init__(self, units, hidden):
+        super().__init__()
+        self.net = MLP(1, units.obs_dim, *hidden, units.action_dim)
+        self.log_std = nn.Parameter(torch.zeros(units.action_dim))
+
+    def forward(self, obs):
+        mean, std = self.net(obs)[0].tanh(), self.log_std.clamp(-5, 2).exp()
+        return Independent(Normal(mean, std, validate_args=False), 1, validate_args=False)
+
+    @staticmethod
+    def distance(action, other):
+        return ((action - other) ** 2).mean().sqrt()
+
+
+class CategoricalPolicy(nn.Module):
+    """pi(.|s) for Discrete actions: obs (N, O) -> a distribution over actions (N,)."""
+
+    def __init__(self, units, hidden):
+        super().__init__()
+        self.net = MLP(1, units.obs_dim, *hidden, units.action_dim)
+
+    def forward(self, obs):
+        return Categorical(logits=self.net(obs)[0], validate_args=False)
+
+    @staticmethod
+    def distance(action, other):
+        return (action != other).float().mean()
+
+
+# ---- Plumbing, the same in every file: a reader of the method can stop here ----
+
+
+# >>> shared: optim   (the same in every file; tests/test_copies.py keeps it so)
+class MLP(nn.Module):
+    """ReLU networks side by side, one batched product per layer: x (N, I), the same for all, or
+    (members, N, I) -> (members, N, O)."""
+
+    def __init__(self, members, *sizes):
+        super().__init__()
+        self.weight, self.bias = nn.ParameterList(), nn.ParameterList()
+        for i, o in pairwise(sizes):  # initialised as torch.nn.Linear
+            self.weight.append(torch.empty(members, i, o).uniform_(-(i**-0.5), i**-0.5))
+            self.bias.append(torch.empty(members, 1, o).uniform_(-(i**-0.5), i**-0.5))
+
+    def forward(self, x):
+        *hidden, (last_weight, last_bias) = zip(self.weight, self.bias, strict=True)
+        x = x.expand(len(last_weight), *x.shape[-2:])
+        for weight, bias in hidden:
+            x = torch.baddbmm(bias, x, weight).relu_()
+        return torch.baddbmm(last_bias, x, last_weight)
+
+
+def adam(parameters, lr):
+    return torch.optim.Adam(list(parameters), lr=lr, fused=True)
+
+
+def step(optimizer, loss):
+    """One gradient step. Only the optimiser's own parameters get gradients: an actor's loss leaves
+    none in the critic, and no time is spent on them."""
+    parameters = optimizer.param_groups[0]["params"]
+    for p, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+        p.grad = gradient
+    optimizer.step()
+
+
+@torch.no_grad()
+def polyak_update(target, source, rate):
+    """target <- (1 - rate) target + rate source."""
+    for t, s in zip(target.parameters(), source.parameters(), strict=True):
+        t.lerp_(s, rate)
+
+
+def pick(values, index):
+    """values (N, A), index (N,) -> values[n, index[n]] (N,)."""
+    return values.gather(1, index[:, None])[:, 0]
+
+
+# <<< shared: optim
+
+
+# >>> shared: data   (the same in every file; tests/test_copies.py keeps it so)
+class UserError(Exception):
+    """Bad input, or a run that has to stop: one line on what is wrong, where, and what to do."""
+
+
+class Batch(NamedTuple):
+    """N transitions in network units (Units). terminal is 1.0 where the MDP ended, and only there:
+    a time limit (truncation) bootstraps."""
+
+    obs: torch.Tensor  # (N, O) float32
+    action: torch.Tensor  # (N, A) float32 in [-1, 1], or (N,) int64 from 0
+    reward: torch.Tensor  # (N,) float32, scaled and shifted
+    next_obs: torch.Tensor  # (N, O) float32
+    terminal: torch.Tensor  # (N,) float32
+
+
+class Units(nn.Module):
+    """Translates between the environment's units and the networks'. Its buffers are saved with the
+    agent, so that nobody who uses the trained policy can forget them."""
+
+    def __init__(self, observation_space, action_space):
+        super().__init__()
+        self.observation_space, self.action_space = observation_space, action_space
+        self.discrete = isinstance(action_space, spaces.Discrete)
+        self.obs_dim = spaces.flatdim(observation_space)
+        self.action_dim = int(action_space.n) if self.discrete else math.prod(action_space.shape)
+        self.register_buffer("obs_mean", torch.zeros(self.obs_dim))
+        self.register_buffer("obs_std", torch.ones(self.obs_dim))
+        low, high = (0, 1) if self.discrete else (action_space.low, action_space.high)
+        self.register_buffer("center", self.tensor((low + high) / 2.0).flatten())
+        self.register_buffer("half_range", self.tensor((high - low) / 2.0).flatten())
+
+    def tensor(self, x):
+        return torch.as_tensor(np.asarray(x), dtype=torch.float32, device=self.obs_mean.device)
+
+    def obs(self, obs):
+        """(N, ...), Dict and Tuple flat as by gymnasium.spaces.flatten -> (N, O), standardised."""
+        return (self.tensor(obs).reshape(len(obs), -1) - self.obs_mean) / self.obs_std
+
+    def action(self, action):
+        """Environment actions (N, ...) -> (N, A) in [-1, 1], or (N,) int64 from 0."""
+        if self.discrete:
+            return self.tensor(action).long() - int(self.action_space.start)
+        action = self.tensor(action).reshape(len(action), -1)
+        return ((action - self.center) / self.half_range).clamp(-1, 1)
+
+    def env_action(self, action):
+        """The inverse of `action`: an array (N, ...) for env.step."""
+        if self.discrete:
+            return action.cpu().numpy() + self.action_space.start
+        action = (self.center + action * self.half_range).cpu().numpy()
+        action = action.reshape(-1, *self.action_space.shape)
+        return action.clip(self.action_space.low, self.action_space.high)
+
+
+@dataclass
+class Data:
+    """M transitions on the device, episode after episode."""
+
+    units: Units
+    all: Batch | None = None  # of M transitions
+    episode: torch.Tensor | None = None  # (M,) int64, the episode of each transition
+    train: torch.Tensor | None = None  # (M,) int64, the transitions that `sample` draws from
+    behavior_log_prob: np.ndarray | None = None  # (M,) float64, as logged; NaN where it was not
+    returns: np.ndarray | None = None  # (episodes,) undiscounted raw returns
+    reward_scale: float = 1.0
+    reward_shift: float = 0.0
+    reference: tuple | None = None  # raw returns that score 0 and 100
+    make_env: Callable | None = None  # for the evaluation; None without an environment
+
+    def batch(self, index):
+        return Batch(*(x[index] for x in self.all))
+
+    def sample(self, n):
+        index = torch.randint(len(self.train), (n,), device=self.train.device)
+        return self.batch(self.train[index])
+
+    def discounted_returns(self, gamma):
+        """(M,) discounted sum of the rewards from each transition to the end of its episode."""
+        reward, episode = self.all.reward.tolist(), [*self.episode.tolist(), -1]
+        returns = [0.0] * len(episode)
+        for t in reversed(range(len(reward))):
+            returns[t] = reward[t] + gamma * returns[t + 1] * (episode[t] == episode[t + 1])
+        return np.array(returns[:-1])
+
+
+BUILTIN = {  # probability of a uniformly random action; None: drawn from U(0, 1) for each episode
+    "pendulum/random-v0": 1.0,
+    "pendulum/medium-v0": 0.6,
+    "pendulum/expert-v0": 0.0,
+    "pendulum/mixed-v0": None,
+    "cartpole/random-v0": 1.0,
+    "cartpole/medium-v0": 0.3,
+    "cartpole/expert-v0": 0.0,
+    "cartpole/mixed-v0": None,
+}
+
+
+def scripted_action(dataset_id, obs):
+    """The controller behind a built-in dataset."""
+    if dataset_id == "cartpole/medium-v0":  # flawed: knows only the pole's speed, the cart drifts
+        return int(obs[3] > 0)
+    if dataset_id.startswith("cartpole"):
+        return int(np.dot([0.1, 0.5, 1.0, 0.5], obs) > 0)
+    angle, speed = np.arctan2(obs[1], obs[0]), obs[2]
+    torque = speed * (15 - speed**2 / 2 - 15 * np.cos(angle))  # drives the energy to the upright's
+    if abs(angle) < 0.6:
+        torque = -8 * angle - 2 * speed  # holds the pendulum upright
+    return np.array([np.clip(torque, -2, 2)], np.float32)
+
+
+def builtin_dataset(dataset_id):
+    """20,000 transitions (the last episode complete), always the same: a scripted controller that
+    acts uniformly at random with probability eps. CartPole's log the probability of their actions;
+    Pendulum's policy, part point mass, has no density. Returns what open_dataset returns."""
+    cartpole = dataset_id.startswith("cartpole")
+    make_env = partial(gym.make, "CartPole-v1" if cartpole else "Pendulum-v1")
+    env, rng = make_env(disable_env_checker=True), np.random.default_rng(0)
+    episodes, size = [], 0
+    while size < 20_000:
+        eps = rng.uniform() if BUILTIN[dataset_id] is None else BUILTIN[dataset_id]
+        obs, rows, ended = [env.reset(seed=len(episodes))[0]], [], False
+        while not ended:
+            action = scripted = scripted_action(dataset_id, obs[-1])
+            if rng.uniform() < eps:
+                action = rng.integers(2) if cartpole else rng.uniform(-2, 2, 1).astype(np.float32)
+            next_obs, reward, terminated, truncated, _ = env.step(action)
+            log_prob = np.log(eps / 2 + (1 - eps) * (action == scripted)) if cartpole else np.nan
+            rows.append((action, reward, terminated, truncated, log_prob))
+            obs.append(next_obs)
+            ended = terminated or truncated
+        *columns, log_probs = (np.array(column) for column in zip(*rows, strict=True))
+        infos = {"behavior_log_prob": log_probs} if cartpole else {}
+        episodes.append(EpisodeBuffer(None, None, None, np.array(obs), *columns, infos))
+        size += len(rows)
+    reference = (22.0, 500.0) if cartpole else (-1230.0, -146.0)  # random actions, the controller
+    return episodes, env.observation_space, env.action_space, make_env, reference
+
+
+def open_dataset(dataset_id):
+    """(episodes, observation space, action space, make_env or None, reference or None)."""
+    root = Path(os.environ.get("MINARI_DATASETS_PATH", "~/.minari/datasets")).expanduser()
+    folder = root / dataset_id / "data"
+    if dataset_id in BUILTIN and not folder.exists():
+        print(f"{dataset_id}: built in, generated in memory")
+        return builtin_dataset(dataset_id)
+    if dataset_id.split("/")[0] in ("pendulum", "cartpole") and not folder.exists():
+        raise UserError(f"dataset {dataset_id}: unknown; built in are {', '.join(BUILTIN)}")
+    try:
+        if not folder.exists():
+            print(f"{dataset_id}: not in {root}, downloading")
+            minari.download_dataset(dataset_id)
+        dataset = minari.load_dataset(dataset_id)
+        episodes = list(dataset.iterate_episodes())
+    except Exception as error:  # Minari and its backends raise anything from KeyError to OSError
+        reason = f"{type(error).__name__}: {error}".split("\n")[0]
+        raise UserError(
+            f"dataset {dataset_id}: cannot be loaded ({reason}); to install it by hand, put its "
+            f"metadata.json and main_data.hdf5 into {folder}"
+        ) from error
+    print(f"{dataset_id}: read from {root}")
+    # The evaluation maze of AntMaze's umaze sets is turned by 180 degrees against that of the data.
+    eval_env = "antmaze/umaze" not in dataset_id
+    make_env = dataset.env_spec and partial(dataset.recover_environment, eval_env=eval_env)
+    reference = [dataset.storage.metadata.get(f"ref_{end}_score") for end in ("min", "max")]
+    reference = None if None in reference else tuple(map(float, reference))
+    return episodes, dataset.observation_space, dataset.action_space, make_env, reference
+
+
+def check_spaces(observation_space, action_space, where):
+    """Box and Discrete; as observations also Dict and Tuple of these."""
+    if isinstance(observation_space, spaces.Dict | spaces.Tuple):
+        for key in part_keys(observation_space):
+            check_spaces(observation_space[key], action_space, where)
+    elif not isinstance(observation_space, spaces.Box | spaces.Discrete):
+        raise UserError(f"{where}: observations of {observation_space} are not supported")
+    elif observation_space.dtype == np.uint8 and len(observation_space.shape) > 1:
+        raise UserError(f"{where}: image observations are not supported; store features instead")
+    if not isinstance(action_space, spaces.Box | spaces.Discrete):
+        raise UserError(f"{where}: actions of {action_space} are not supported")
+    if isinstance(action_space, spaces.Box):
+        if not action_space.is_bounded() or (action_space.low >= action_space.high).any():
+            raise UserError(f"{where}: {action_space} has no finite bounds to scale actions by")
+
+
+def part_keys(space):
+    return list(space.spaces) if isinstance(space, spaces.Dict) else range(len(space.spaces))
+
+
+def flatten(space, x, where):
+    """Observations (T, ...) of an episode -> (T, O), in the order of gymnasium.spaces.flatten."""
+    if isinstance(space, spaces.Dict | spaces.Tuple):
+        keys = part_keys(space)
+        if len(x) != len(keys) or (isinstance(x, dict) and x.keys() != set(keys)):
+            raise UserError(f"{where}: its observations do not have the parts of {space}")
+        return np.concatenate([flatten(space[k], x[k], where) for k in keys], axis=1)
+    x = np.asarray(x)
+    if x.shape[1:] != space.shape or x.dtype.kind not in "biuf":
+        found = f"shape {x.shape[1:]} and type {x.dtype}"
+        raise UserError(f"{where}: observations of {found} do not fit {space}")
+    if isinstance(space, spaces.Discrete):
+        if ((x < space.start) | (x >= space.start + space.n)).any():
+            raise UserError(f"{where}: an observation is not in {space}")
+        return np.eye(space.n)[x.astype(np.int64) - space.start]
+    return x.reshape(len(x), -1)
+
+
+def read_episode(episode, observation_space, action_space, where):
+    """Checks what Minari does not; returns obs (T + 1, O), action (T, ...), reward, terminal and
+    behavior_log_prob (T,) as arrays."""
+
+    def check(ok, problem):
+        if not ok:
+            raise UserError(f"{where}: {problem}")
+
+    def check_steps(ok, problem):
+        ok = np.asarray(ok).reshape(len(ok), -1).all(1)
+        check(ok.all(), f"step {ok.argmin()}: {problem}")
+
+    obs = flatten(observation_space, episode.observations, where).astype(np.float32)
+    action, reward = np.asarray(episode.actions), np.asarray(episode.rewards)
+    terminal, truncated = (np.asarray(x) for x in (episode.terminations, episode.truncations))
+    log_prob = (episode.infos or {}).get("behavior_log_prob")
+    T = len(action)
+    log_prob = np.full(T, np.nan) if log_prob is None else np.asarray(log_prob, np.float64)
+    check(T > 0, "it has no steps")
+    check(
+        len(obs) == T + 1, f"{len(obs)} observations for {T} actions, one more is needed: the last"
+    )
+    named = {"rewards": reward, "terminations": terminal, "truncations": truncated}
+    for name, x in named.items():
+        check(
+            x.shape == (T,) and x.dtype.kind in "biuf",
+            f"{name} must be {T} numbers, one per action",
+        )
+    check(len(log_prob) in (T, T + 1), f"{len(log_prob)} behavior_log_prob for {T} actions")
+    check_steps(np.isfinite(obs), "the observation is NaN or infinite")
+    check_steps(np.isfinite(reward), "the reward is NaN or infinite")
+    if isinstance(action_space, spaces.Discrete):
+        check(action.shape == (T,) and action.dtype.kind in "iu", f"actions must be {T} integers")
+        low, high, slack = action_space.start, action_space.start + action_space.n - 1, 0
+    else:
+        shape = (T, *action_space.shape)
+        check(action.shape == shape and action.dtype.kind in "iuf",
+              f"actions have shape {action.shape}, not {shape}")  # fmt: skip
+        low, high = action_space.low, action_space.high
+        slack = 1e-3 * (high - low)  # rounding; Units clips it away
+    inside = (action >= low - slack) & (action <= high + slack)  # False for NaN
+    check_steps(inside, f"the action is not in {action_space}")
+    ended = (terminal + truncated) > 0
+    check(ended[-1], "the last step is neither terminated nor truncated; where a log just stops, "
+          "set truncations[-1] = True")  # fmt: skip
+    check_steps(~ended[:-1], "the episode ends here and yet goes on; split it in two")
+    return obs, action, reward, terminal, log_prob[-T:]
+
+
+def load_dataset(dataset_id, env_id, normalize_obs, reward_scale, reward_shift, device):
+    """Minari ids (a tuple) -> Data. Everything is checked; a UserError names dataset, episode and
+    step. Nothing is dropped: T + 1 observations make T transitions, the last with its true s'."""
+    rows, sources = [], [open_dataset(name) for name in dataset_id]
+    _, observation_space, action_space, make_env, reference = sources[0]
+    for name, (episodes, *its_spaces, _, its_reference) in zip(dataset_id, sources, strict=True):
+        check_spaces(*its_spaces, f"dataset {name}")
+        if its_spaces != [observation_space, action_space]:
+            raise UserError(f"dataset {name}: its spaces are not those of {dataset_id[0]}")
+        reference = reference if its_reference == reference else None
+        for number, episode in enumerate(episodes):
+            where = f"dataset {name}, episode {number}"
+            rows.append(read_episode(episode, observation_space, action_space, where))
+    if not rows:
+        raise UserError(f"dataset {dataset_id[0]}: it has no episodes")
+    obs, action, reward, terminal, log_prob = zip(*rows, strict=True)
+    lengths, returns = [len(r) for r in reward], np.array([r.sum() for r in reward])
+    range_ = f"{returns.mean():.1f} on average, {returns.min():.1f} to {returns.max():.1f}"
+    print(f"{sum(lengths)} transitions in {len(rows)} episodes, return {range_}")
+    if reward_scale == "return-range":
+        reward_scale = 1000 / (np.ptp(returns) or 1000)
+        print(f"--reward-scale return-range is {reward_scale:.4g}; 1 where all returns are equal")
+
+    units = Units(observation_space, action_space)
+    s, next_s = (np.concatenate(x) for x in zip(*((o[:-1], o[1:]) for o in obs), strict=True))
+    if normalize_obs:
+        units.obs_mean = units.tensor(s.mean(0, dtype=np.float64))
+        units.obs_std = units.tensor(s.std(0, dtype=np.float64) + 1e-3)
+    a, r, d = np.concatenate(action), np.concatenate(reward), units.tensor(np.concatenate(terminal))
+    r = units.tensor(r * reward_scale + reward_shift)
+    batch = Batch(units.obs(s), units.action(a), r, units.obs(next_s), d)
+    if units.discrete and (unused := set(range(units.action_dim)) - set(batch.action.tolist())):
+        print(f"note: actions {sorted(unused)} (counted from 0) never occur in the data")
+    return Data(
+        units=units.to(device),
+        all=Batch(*(x.to(device) for x in batch)),
+        episode=torch.arange(len(rows)).repeat_interleave(torch.tensor(lengths)).to(device),
+        train=torch.arange(len(r), device=device),
+        behavior_log_prob=np.concatenate(log_prob),
+        returns=returns,
+        reward_scale=reward_scale,
+        reward_shift=reward_shift,
+        reference=reference,
+        make_env=find_env(make_env, env_id, units, max(lengths)),
+    )
+
+
+def find_env(make_env, env_id, units, longest):
+    """The evaluation's environment: --env-id, else the dataset's, else None with the reason."""
+    make_env = partial(gym.make, env_id) if env_id else make_env
+    if make_env is None:
+        print("no evaluation: the data name no environment; --env-id gives one, ope.py needs none")
+        return None
+    make_env = partial(make_env, disable_env_checker=True)
+    try:
+        env = make_env()
+    except Exception as error:  # whatever the environment's package raises
+        problem = f"environment {env_id or 'of the data'}: {error}".split("\n")[0]
+        if env_id:
+            raise UserError(problem) from error
+        print(f"no evaluation: {problem}")
+        return None
+    check_spaces(env.observation_space, env.action_space, f"environment {env.spec.id}")
+    its = Units(env.observation_space, env.action_space)
+    if (its.obs_dim, its.action_dim, its.discrete) != (
+        units.obs_dim,
+        units.action_dim,
+        units.discrete,
+    ):
+        raise UserError(f"environment {env.spec.id}: its spaces are not those of the data")
+    print(f"evaluation in {env.spec.id}")
+    if env.spec.max_episode_steps is None:  # or an episode could run for ever
+        make_env = partial(make_env, max_episode_steps=longest)
+    return make_env
+
+
+# <<< shared: data
+
+
+# >>> shared: evaluate   (the same in every file; tests/test_copies.py keeps it so)
+@torch.no_grad()
+def evaluate(agent, make_env, episodes, seed=10_000):
+    """Undiscounted raw returns (episodes,) of the deterministic policy; episode i is reset with
+    seed + i, the same for all methods, so that comparisons are paired. One environment for each;
+    a finished one is not stepped. Leaves torch's random state as it was."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        space = agent.units.observation_space
+        envs = [make_env() for _ in range(episodes)]
+        obs = [spaces.flatten(space, env.reset(seed=seed + i)[0]) for i, env in enumerate(envs)]
+        returns, alive = np.zeros(episodes), list(range(episodes))
+        while alive:
+            for i, action in zip(alive, agent.act(np.stack([obs[i] for i in alive])), strict=True):
+                next_obs, reward, terminated, truncated, _ = envs[i].step(action)
+                obs[i] = None if terminated or truncated else spaces.flatten(space, next_obs)
+                returns[i] += reward
+            alive = [i for i in alive if obs[i] is not None]
+        for env in envs:
+            env.close()
+        return returns
+
+
+# <<< shared: evaluate
+
+
+# >>> shared: run   (the same in every file; tests/test_copies.py keeps it so)
+ALGORITHM = Path(__file__).stem
+
+
+@dataclass
+class Run:
+    """A training run: what it needs, and how far it is."""
+
+    args: Args
+    data: Data
+    agent: nn.Module
+    folder: Path
+    began: float  # time.perf_counter() at the start, less the time before a resume
+    step: int = 0  # of the last checkpoint
+    metrics: list = field(default_factory=list)  # the rows of metrics.csv
+    returns: list = field(default_factory=list)  # the rows of returns.csv
+
+
+def check_args(args):
+    """Ranges of the flags that the files have in common; a method checks its own ones."""
+    limits = {"steps": 1, "log_every": 1, "eval_every": 0, "eval_episodes": 0, "batch_size": 1}
+    for name, value in asdict(args).items():
+        flag = f"--{name.replace('_', '-')} {value}"
+        if name in limits and value < limits[name]:
+            raise UserError(f"{flag}: it must be at least {limits[name]}")
+        if (name.endswith("lr") or name == "polyak") and not 0 < value <= 1:
+            raise UserError(f"{flag}: it must lie in (0, 1]")
+        if name == "gamma" and not 0 <= value < 1:
+            raise UserError(f"{flag}: it must lie in [0, 1)")
+        if name == "hidden" and not all(width > 0 for width in value):
+            raise UserError(f"{flag}: widths must be positive")
+    if args.eval_every % args.log_every:
+        raise UserError(f"--eval-every {args.eval_every}: not a multiple of --log-every")
+    if not args.dataset_id:
+        raise UserError("--dataset-id: at least one is needed")
+
+
+def pick_device(name):
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not (name == "cpu" or getattr(torch, name).is_available()):
+        raise UserError(f"--device {name}: there is none on this machine")
+    return torch.device(name)
+
+
+def use_fast_matmul():
+    """oneDNN's float32 products are twice as fast as MKL's on AMD CPUs with AVX-512. On CPUs where
+    the setting would really round to bfloat16 it is taken back."""
+    x = torch.linspace(-1, 1, 256 * 256, device="cpu").view(256, 256)
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    exact = x.double() @ x.double()
+    if ((x @ x) - exact).abs().max() > 1e-5 * exact.abs().max():
+        torch.backends.mkldnn.matmul.fp32_precision = "none"
+
+
+@contextmanager
+def open_run(args):
+    """A new Run, or with --resume one at its last checkpoint. A new folder is made only after all
+    the input has been found good."""
+    began = time.perf_counter()
+    folder = Path(args.resume) if args.resume else None
+    args = resumed_args(args) if args.resume else args
+    check_args(args)
+    device = pick_device(args.device)
+    use_fast_matmul()
+    transform = args.normalize_obs, args.reward_scale, args.reward_shift
+    data = load_dataset(args.dataset_id, args.env_id, *transform, device)
+    torch.manual_seed(args.seed)
+    with torch.device(device):
+        agent = Agent(data, args)
+    run = Run(args, data, agent, folder or create_folder(args), began)
+    if (run.folder / "checkpoint.pt").exists():
+        load_checkpoint(run)
+    print(f"run folder {run.folder}")
+    try:
+        yield run
+    except KeyboardInterrupt:
+        print(f"\nstopped; to go on: python {Path(__file__).name} --resume {run.folder}")
+        raise
+
+
+def resumed_args(args):
+    """The flags of the run in --resume."""
+    folder = Path(args.resume)
+    if args != Args(resume=args.resume):
+        raise UserError("--resume takes all flags from the run: give no other one beside it")
+    if not (folder / "args.json").exists():
+        raise UserError(f"--resume {folder}: not the folder of a run, it has no args.json")
+    if (folder / "result.json").exists():
+        raise UserError(f"--resume {folder}: the run is complete, see result.json there")
+    stored = json.loads((folder / "args.json").read_text())["args"]
+    return Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
+
+
+def create_folder(args):
+    """out_dir/<algorithm>__<dataset>__s<seed>__<time>, with args.json and the source that runs."""
+    dataset = "+".join(args.dataset_id).replace("/", "-")
+    stamp = time.strftime("%Y%m%d-%H%M%S") + f"-{time.time_ns() // 1000 % 10**6:06d}"
+    folder = Path(args.out_dir) / f"{ALGORITHM}__{dataset}__s{args.seed}__{stamp}"
+    folder.mkdir(parents=True)
+    source = Path(__file__).resolve()
+    git = [shutil.which("git") or "true", "-C", source.parent, "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    packages = ("torch", "numpy", "gymnasium", "minari", "tyro")
+    facts = {"args": asdict(args), "versions": {p: version(p) for p in packages}, "commit": commit}
+    shutil.copy(source, folder / source.name)
+    write(folder / "args.json", json.dumps(facts, indent=2))
+    return folder
+
+
+def write(path, content):
+    """Whole or not at all: under a temporary name, then renamed."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
+    temporary.replace(path)
+
+
+def write_csv(path, rows):
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]) if rows else ["step"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write(path, text.getvalue())
+
+
+def save_checkpoint(run):
+    """All that is needed to go on and to deploy."""
+    units, checkpoint = run.agent.units, io.BytesIO()
+    state = {
+        "step": run.step,
+        "seconds": time.perf_counter() - run.began,
+        "metrics": run.metrics,
+        "returns": run.returns,
+        "agent": run.agent.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in run.agent.optimizers],
+        "rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "args": asdict(run.args),
+        "observation_space": serialize_space(units.observation_space),
+        "action_space": serialize_space(units.action_space),
+    }
+    torch.save(state, checkpoint)
+    write(run.folder / "checkpoint.pt", checkpoint.getvalue())
+    write_csv(run.folder / "metrics.csv", run.metrics)
+    write_csv(run.folder / "returns.csv", run.returns)
+
+
+def load_checkpoint(run):
+    path, device = run.folder / "checkpoint.pt", run.data.train.device
+    state = torch.load(path, map_location=device, weights_only=True)
+    run.agent.load_state_dict(state["agent"])
+    for optimizer, its_state in zip(run.agent.optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(its_state)
+    torch.set_rng_state(state["rng"].cpu())
+    if state["cuda_rng"] is not None:
+        torch.cuda.set_rng_state(state["cuda_rng"].cpu())
+    run.step, run.metrics, run.returns = state["step"], state["metrics"], state["returns"]
+    run.began -= state["seconds"]
+
+
+def log(run, update, metrics, episodes, bar):
+    """After `update` updates: health, NaN check, evaluation, a row of metrics, the checkpoint."""
+    probe = run.data.train[:: max(1, len(run.data.train) // 1000)]
+    with torch.no_grad(), torch.random.fork_rng():
+        metrics = metrics | run.agent.diagnose(run.data.batch(probe))
+    row = {"step": update} | {name: value.item() for name, value in metrics.items()}
+    for name, value in row.items():
+        if not math.isfinite(value):
+            good = f"the last good checkpoint is that of update {run.step} in {run.folder}"
+            raise UserError(f"update {update}: {name} is {value}; {good}")
+    row["return_mean"] = None
+    if run.data.make_env and episodes:
+        returns = evaluate(run.agent, run.data.make_env, episodes)
+        row["return_mean"] = returns.mean().item()
+        for i, value in enumerate(returns.tolist()):
+            run.returns.append({"step": update, "seed": 10_000 + i, "return": value})
+        tqdm.write(f"update {update}: return {row['return_mean']:.1f} over {episodes} episodes")
+    run.metrics.append(row)
+    run.step = update
+    save_checkpoint(run)
+    shown = ("actor_loss", "critic_loss", "q_data", "q_policy")
+    bar.set_postfix({name: f"{row[name]:.3g}" for name in shown if name in row})
+
+
+def finish(run):
+    """Prints the table, writes result.json (its presence says that the run is complete)."""
+    args, row, data_returns = run.args, dict(run.metrics[-1]), run.data.returns
+    returns = np.array([r["return"] for r in run.returns if r["step"] == row["step"]])
+    result = {
+        "algorithm": ALGORITHM,
+        "dataset": "+".join(args.dataset_id),
+        "seed": args.seed,
+        "steps": row.pop("step"),
+        "return_mean": row.pop("return_mean"),
+        "return_std": None,
+        "score": None,
+        "data_return_mean": data_returns.mean().item(),
+        **row,
+        "health": run.agent.health(row, run.data),
+        "seconds": time.perf_counter() - run.began,
+    }
+    lines = [f"{ALGORITHM} on {result['dataset']}, seed {args.seed}, {result['steps']} updates"]
+    lines += [f"return of the data    {data_returns.mean():.1f} +- {data_returns.std():.1f}"]
+    if len(returns):
+        result["return_std"] = returns.std().item()
+        over = f"over {len(returns)} episodes, deterministic policy"
+        lines += [f"return of the policy  {returns.mean():.1f} +- {returns.std():.1f} {over}"]
+    if len(returns) and run.data.reference:
+        low, high = run.data.reference
+        result["score"] = (100 * (returns.mean() - low) / (high - low)).item()
+        scale = f"0: {low:.1f}, random actions; 100: {high:.1f}, the reference policy"
+        lines += [f"normalised score      {result['score']:.1f} ({scale})"]
+    lines += [f"health                {result['health']}"]
+    lines += [f"time                  {result['seconds']:.0f} s"]
+    print("\n" + "\n".join(lines))
+    write(run.folder / "result.json", json.dumps(result, indent=2))
+    return result
+
+
+def command_line():
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops as Ctrl-C does
+    try:
+        args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
+        if args.resume and len(sys.argv) > 3:
+            raise UserError("--resume takes all flags from the run: give no other one beside it")
+        main(args)
+    except UserError as error:
+        sys.exit(f"{ALGORITHM}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+# <<< shared: run
+
+
+# >>> shared: policy   (the same in every file; tests/test_copies.py keeps it so)
+def load_policy(folder, device="cpu"):
+    """The trained agent of a run's folder, with act(obs, deterministic=True), log_prob(obs,
+    action), has_density and, for Discrete actions, probabilities(obs); observations and actions
+    are the environment's. Needs neither the dataset nor the environment."""
+    checkpoint = Path(folder) / "checkpoint.pt"
+    if not checkpoint.exists():
+        raise UserError(f"{folder}: not the folder of a run, it has no checkpoint.pt")
+    state = torch.load(checkpoint, map_location=device, weights_only=True)
+    observation_space, action_space = (
+        deserialize_space(state[f"{kind}_space"]) for kind in ("observation", "action")
+    )
+    with torch.device(device):
+        agent = Agent(Data(Units(observation_space, action_space)), Args(**state["args"]))
+    agent.load_state_dict(state["agent"])
+    return agent.eval()
+
+
+# <<< shared: policy
+
+
+# >>> shared: main   (the same in bc, cql, iql, awac and bcq; tests/test_copies.py keeps it so)
+def train(run):
+    """The offline phase: from the run's last checkpoint on to --steps updates."""
+    args = run.args
+    with tqdm(total=args.steps, initial=run.step, disable=None, dynamic_ncols=True) as bar:
+        for update in range(run.step + 1, args.steps + 1):
+            metrics = run.agent.update(run.data.sample(args.batch_size))
+            bar.update()
+            if update == args.steps:
+                log(run, update, metrics, args.eval_episodes, bar)
+            elif update % args.log_every == 0:
+                due = args.eval_every and update % args.eval_every == 0
+                log(run, update, metrics, math.ceil(args.eval_episodes / 10) if due else 0, bar)
+
+
+# <<< shared: main
+
+
+def main(args: Args) -> dict:
+    """Trains and evaluates; returns the final metrics, which are also the folder's result.json."""
+    with open_run(args) as run:
+        train(run)
+    return finish(run)
+
+
+if __name__ == "__main__":
+    command_line()
