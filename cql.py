@@ -121,13 +121,13 @@ class Args:
     """added to the scaled rewards in training; changes the task where episodes can terminate"""
     # CQL
     critic_lr: float = 1e-3
-    """learning rate of the critic, and of alpha with --target-gap"""
+    """learning rate of the critic"""
     actor_lr: float = 3e-4
     """learning rate of the policy and the temperature (Box)"""
     alpha: float = 1.0
     """alpha in (3) and (6), the weight of the penalty; 0: plain offline double DQN or SAC"""
     target_gap: float | None = None
-    """tau of appendix F: learn alpha, from --alpha on, so that the raw gap stays at this value"""
+    """tau of appendix F: learn alpha, from --alpha on, to keep the raw gap (2, 5) at this value"""
     samples: int = 4
     """K in (5): actions per proposal distribution (Box)"""
     bc_weight: float = 0.0

@@ -138,7 +138,7 @@ class Args:
     """added to the scaled rewards in training; changes the task where episodes can terminate"""
     # MOPO
     critic_lr: float = 1e-3
-    """learning rate of the critic, and of alpha with --target-gap"""
+    """learning rate of the critic"""
     actor_lr: float = 1e-3
     """learning rate of the policy and the temperature (Box)"""
     model_lr: float = 1e-3

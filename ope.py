@@ -299,7 +299,7 @@ def fit_q(log, policy, args):
     next_action, next_weight = policy.support(log.data.all.next_obs)  # (M, K, A), (M, K)
     reward, terminal = log.data.all.reward, log.data.all.terminal
     low, high = reward.min().clamp(max=0), reward.max().clamp(min=0)
-    critic = Critic(4, log, args)
+    critic = Critic(4, log, args).to(reward.device)
     critic_target = deepcopy(critic)
     optimizer, size = adam(critic.parameters(), args.lr), (2 * args.batch_size,)
     for update in range(args.steps):
@@ -406,8 +406,9 @@ class BoxBehavior(nn.Module):
 def fit_behavior(log, args):
     """Maximum likelihood with early stopping on a tenth of the transitions -> log pi_b (M,) in
     network units, float64."""
-    behavior = (DiscreteBehavior if log.data.units.discrete else BoxBehavior)(log, args)
     obs, action = log.obs, log.data.all.action
+    behavior = (DiscreteBehavior if log.data.units.discrete else BoxBehavior)(log, args)
+    behavior = behavior.to(obs.device)
     held, train = torch.randperm(len(obs), device=obs.device).tensor_split([len(obs) // 10])
     optimizer, best, best_loss = adam(behavior.parameters(), args.lr), None, math.inf
     for update in range(args.steps):
@@ -524,7 +525,7 @@ def cross_fitted(log, policy, critic):
     with torch.no_grad():
         all_members = chunked(values, log.obs, log.action, action, weight, h)
     halves = all_members.view(-1, 2, 2, 2).mean(2)  # (M, fold, Q and V)
-    unseen = halves[torch.arange(len(halves)), fold].double().cpu().numpy()
+    unseen = halves[torch.arange(len(halves), device=fold.device), fold].double().cpu().numpy()
     q, v = log.padded(unseen[:, 0]), log.padded(unseen[:, 1])
     return q, np.pad(v, ((0, 0), (0, 1))), all_members[log.index[:, 0], :, 1].double().cpu().numpy()
 
@@ -623,9 +624,8 @@ def main(args: Args) -> dict:
     if args.verify and data.make_env is None:
         raise UserError("--verify needs an environment: --env-id gives one")
     torch.manual_seed(args.seed)
-    with torch.device(device):
-        log = Log(data, args, policies)
-        reports = [evaluate_policy(policy, log, args) for policy in policies]
+    log = Log(data, args, policies)
+    reports = [evaluate_policy(policy, log, args) for policy in policies]
     for report in reports:
         print_report(report)
     if len(reports) > 1:
@@ -661,7 +661,7 @@ class Log:
         if any(not policy.no_density for policy in policies):
             self.learn_behavior(args)
         began = time.perf_counter()
-        self.model = Model(self, args).fit(self, args)
+        self.model = Model(self, args).to(self.obs.device).fit(self, args)
         self.model_seconds = time.perf_counter() - began
 
     def vector(self, action):
@@ -783,7 +783,8 @@ class BoxPolicy:
         draws = [
             chunked(lambda x: self.units.action(self.act(x)), obs) for _ in range(self.samples)
         ]
-        return torch.stack(draws, 1), torch.full((len(obs), self.samples), 1 / self.samples)
+        actions = torch.stack(draws, 1)
+        return actions, torch.full_like(actions[..., 0], 1 / self.samples)
 
 
 def raw(obs):
@@ -899,8 +900,8 @@ def load_function(name):
 
 def example_probabilities(obs, gain):
     """CartPole by a linear controller, the more decided the larger the gain: (N, O) -> (N, 2)."""
-    right = (gain * obs @ torch.tensor([0.1, 0.5, 1.0, 0.5])).sigmoid()
-    return torch.stack([1 - right, right], 1)
+    right = 1 / (1 + np.exp(-gain * np.asarray(obs) @ [0.1, 0.5, 1.0, 0.5]))
+    return np.stack([1 - right, right], 1)
 
 
 def example(args, device, episodes=1000, gains=(5.0, 12.0)):
@@ -912,7 +913,7 @@ def example(args, device, episodes=1000, gains=(5.0, 12.0)):
     for episode in range(episodes):
         obs, ended = env.reset(seed=episode)[0], False
         while not ended:
-            p = example_probabilities(torch.from_numpy(obs)[None], gains[0])[0].tolist()
+            p = example_probabilities(obs[None], gains[0])[0]
             action = int(rng.uniform() < p[1])
             next_obs, reward, terminated, truncated, _ = env.step(action)
             rows.append((obs, action, reward, next_obs, terminated, episode, math.log(p[action])))

@@ -9,7 +9,15 @@ import pytest
 import torch
 from gymnasium import spaces
 from test_bc import make_data, minimise
-from test_iql import actor_loss, critic_loss, make_batch, random_batch, small_agent, tabular
+from test_iql import (
+    actor_loss,
+    critic_loss,
+    make_batch,
+    plain_descent,
+    random_batch,
+    small_agent,
+    tabular,
+)
 
 import awac
 import bc
@@ -173,6 +181,7 @@ def test_an_update_is_the_one_of_the_equations():
     for agent in (ours, theirs):  # targets apart from the critics, or the wrong one goes unnoticed
         for p in agent.critic_target.parameters():
             p.data.mul_(0.5)
+    plain_descent(ours)
     ours.update(batch)
 
     def table(critic, obs):
@@ -189,11 +198,9 @@ def test_an_update_is_the_one_of_the_equations():
     weight = torch.clamp((advantage / 0.5).exp(), max=100).detach()
     actor_loss = -(weight * (logits.log_softmax(1) * data).sum(1)).mean()
     for network, loss in ((theirs.policy, actor_loss), (theirs.critic, critic_loss)):
-        optimizer = torch.optim.Adam(network.parameters(), lr=0.05)
         gradients = torch.autograd.grad(loss, [*network.parameters()], retain_graph=True)
         for p, gradient in zip(network.parameters(), gradients, strict=True):
-            p.grad = gradient
-        optimizer.step()
+            p.data -= 0.05 * gradient
     pairs = zip(theirs.critic_target.parameters(), theirs.critic.parameters(), strict=True)
     for target, source in pairs:
         target.data = 0.9 * target.data + 0.1 * source.data
@@ -300,3 +307,12 @@ def test_iql_and_awac_stitch_and_bc_cannot(seed):
     assert reaches_the_goal(awac, seed, lam=0.1, polyak=0.05)
     assert not reaches_the_goal(bc, seed, held_out=0)
     assert not reaches_the_goal(bc, seed, held_out=0, top_fraction=0.2)
+
+
+# ---- Learning ----
+
+
+@pytest.mark.parametrize("module", [iql, awac])
+def test_it_learns_on_cartpole(module, tmp_path):
+    flags = {"steps": 1000, "eval_every": 0, "eval_episodes": 20, "out_dir": str(tmp_path)}
+    assert module.main(module.Args(("cartpole/mixed-v0",), **flags))["return_mean"] >= 475

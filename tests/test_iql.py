@@ -286,11 +286,20 @@ def test_weights_are_clipped_before_exp(module, flags):
 # ---- The update ----
 
 
+def plain_descent(agent):
+    """Adam's first step is only the gradient's sign, which would hide most mistakes."""
+    lr, agent.schedule = agent.args.lr, None
+    agent.actor_optimizer = torch.optim.SGD(agent.policy.parameters(), lr)
+    agent.critic_optimizer = torch.optim.SGD(agent.critic.parameters(), lr)
+    if hasattr(agent, "value_net"):
+        agent.value_optimizer = torch.optim.SGD(agent.value_net.parameters(), lr)
+
+
 def reference_update(agent, batch, args):
     """One update in the official order, written out once more: V, actor with the new V, Q with the
     new V, targets."""
     value_opt, actor_opt, critic_opt = (
-        torch.optim.Adam(module.parameters(), lr=args.lr)
+        torch.optim.SGD(module.parameters(), lr=args.lr)
         for module in (agent.value_net, agent.policy, agent.critic)
     )
 
@@ -324,6 +333,7 @@ def test_an_update_is_the_official_one(discrete):
     for agent in (ours, theirs):  # targets apart from the critics, or the wrong one goes unnoticed
         for p in agent.critic_target.parameters():
             p.data.mul_(0.5)
+    plain_descent(ours)
     ours.update(batch)
     reference_update(theirs, batch, theirs.args)
     for (name, p), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
