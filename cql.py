@@ -53,6 +53,7 @@ import io
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -470,13 +471,13 @@ class Units(nn.Module):
 
     def obs(self, obs):
         """(N, ...), Dict and Tuple flat as by gymnasium.spaces.flatten -> (N, O), standardised."""
-        return (self.tensor(obs).reshape(len(obs), -1) - self.obs_mean) / self.obs_std
+        return (self.tensor(obs).reshape(len(obs), self.obs_dim) - self.obs_mean) / self.obs_std
 
     def action(self, action):
         """Environment actions (N, ...) -> (N, A) in [-1, 1], or (N,) int64 from 0."""
         if self.discrete:
             return self.tensor(action).long() - int(self.action_space.start)
-        action = self.tensor(action).reshape(len(action), -1)
+        action = self.tensor(action).reshape(len(action), self.action_dim)
         return ((action - self.center) / self.half_range).clamp(-1, 1)
 
     def env_action(self, action):
@@ -581,6 +582,8 @@ def open_dataset(dataset_id):
         return builtin_dataset(dataset_id)
     if dataset_id.split("/")[0] in ("pendulum", "cartpole") and not folder.exists():
         raise UserError(f"dataset {dataset_id}: unknown; built in are {', '.join(BUILTIN)}")
+    if not (folder.exists() or dataset_id.rpartition("-v")[2].isdigit()):
+        raise UserError(f"dataset {dataset_id}: the id needs a version, as in {dataset_id}-v0")
     try:
         if not folder.exists():
             print(f"{dataset_id}: not in {root}, downloading")
@@ -611,11 +614,11 @@ def check_spaces(observation_space, action_space, where):
         raise UserError(f"{where}: observations of {observation_space} are not supported")
     elif observation_space.dtype == np.uint8 and len(observation_space.shape) > 1:
         raise UserError(f"{where}: image observations are not supported; store features instead")
-    if not isinstance(action_space, spaces.Box | spaces.Discrete):
+    box = isinstance(action_space, spaces.Box) and action_space.dtype.kind == "f"
+    if not (box or isinstance(action_space, spaces.Discrete)):
         raise UserError(f"{where}: actions of {action_space} are not supported")
-    if isinstance(action_space, spaces.Box):
-        if not action_space.is_bounded() or (action_space.low >= action_space.high).any():
-            raise UserError(f"{where}: {action_space} has no finite bounds to scale actions by")
+    if box and not (action_space.is_bounded() and (action_space.low < action_space.high).all()):
+        raise UserError(f"{where}: {action_space} has no finite bounds to scale actions by")
 
 
 def part_keys(space):
@@ -626,16 +629,21 @@ def flatten(space, x, where):
     """Observations (T, ...) of an episode -> (T, O), in the order of gymnasium.spaces.flatten."""
     if isinstance(space, spaces.Dict | spaces.Tuple):
         keys = part_keys(space)
-        if len(x) != len(keys) or (isinstance(x, dict) and x.keys() != set(keys)):
+        found = list(x) if isinstance(x, dict) else range(len(x)) if isinstance(x, tuple) else []
+        if set(found) != set(keys):
             raise UserError(f"{where}: its observations do not have the parts of {space}")
-        return np.concatenate([flatten(space[k], x[k], where) for k in keys], axis=1)
+        parts = [flatten(space[k], x[k], where) for k in keys]
+        if len({len(part) for part in parts}) > 1:
+            raise UserError(f"{where}: the parts of its observations differ in length")
+        return np.concatenate(parts, axis=1)
     x = np.asarray(x)
     if x.shape[1:] != space.shape or x.dtype.kind not in "biuf":
         found = f"shape {x.shape[1:]} and type {x.dtype}"
         raise UserError(f"{where}: observations of {found} do not fit {space}")
     if isinstance(space, spaces.Discrete):
-        if ((x < space.start) | (x >= space.start + space.n)).any():
-            raise UserError(f"{where}: an observation is not in {space}")
+        inside = np.isin(x, np.arange(space.n) + space.start)  # False for 0.5 and NaN
+        if not inside.all():
+            raise UserError(f"{where}: step {inside.argmin()}: the observation is not in {space}")
         return np.eye(space.n)[x.astype(np.int64) - space.start]
     return x.reshape(len(x), -1)
 
@@ -649,15 +657,15 @@ def read_episode(episode, observation_space, action_space, where):
             raise UserError(f"{where}: {problem}")
 
     def check_steps(ok, problem):
-        ok = np.asarray(ok).reshape(len(ok), -1).all(1)
-        check(ok.all(), f"step {ok.argmin()}: {problem}")
+        bad = np.argwhere(~ok)  # each row starts with the step
+        check(len(bad) == 0, f"step {bad[:1, :1].sum()}: {problem}")
 
     obs = flatten(observation_space, episode.observations, where).astype(np.float32)
     action, reward = np.asarray(episode.actions), np.asarray(episode.rewards)
     terminal, truncated = (np.asarray(x) for x in (episode.terminations, episode.truncations))
     log_prob = (episode.infos or {}).get("behavior_log_prob")
     T = len(action)
-    log_prob = np.full(T, np.nan) if log_prob is None else np.asarray(log_prob, np.float64)
+    log_prob = np.full(T, np.nan) if log_prob is None else np.asarray(log_prob)
     check(T > 0, "it has no steps")
     check(
         len(obs) == T + 1, f"{len(obs)} observations for {T} actions, one more is needed: the last"
@@ -668,7 +676,12 @@ def read_episode(episode, observation_space, action_space, where):
             x.shape == (T,) and x.dtype.kind in "biuf",
             f"{name} must be {T} numbers, one per action",
         )
-    check(len(log_prob) in (T, T + 1), f"{len(log_prob)} behavior_log_prob for {T} actions")
+    check(
+        log_prob.shape in ((T,), (T + 1,)) and log_prob.dtype.kind in "iuf",
+        f"infos['behavior_log_prob'] must be {T} numbers, one per action",
+    )
+    for name in ("terminations", "truncations"):
+        check_steps(np.isin(named[name], (0, 1)), f"{name} must be True or False")
     check_steps(np.isfinite(obs), "the observation is NaN or infinite")
     check_steps(np.isfinite(reward), "the reward is NaN or infinite")
     if isinstance(action_space, spaces.Discrete):
@@ -676,8 +689,11 @@ def read_episode(episode, observation_space, action_space, where):
         low, high, slack = action_space.start, action_space.start + action_space.n - 1, 0
     else:
         shape = (T, *action_space.shape)
-        check(action.shape == shape and action.dtype.kind in "iuf",
-              f"actions have shape {action.shape}, not {shape}")  # fmt: skip
+        found = f"shape {action.shape} and type {action.dtype}"
+        check(
+            action.shape == shape and action.dtype.kind in "iuf",
+            f"actions of {found}, not of shape {shape} and numbers",
+        )
         low, high = action_space.low, action_space.high
         slack = 1e-3 * (high - low)  # rounding; Units clips it away
     inside = (action >= low - slack) & (action <= high + slack)  # False for NaN
@@ -745,6 +761,7 @@ def find_env(make_env, env_id, units, longest):
     make_env = partial(make_env, disable_env_checker=True)
     try:
         env = make_env()
+        spaces.flatten(units.observation_space, env.reset(seed=0)[0])
     except Exception as error:  # whatever the environment's package raises
         problem = f"environment {env_id or 'of the data'}: {error}".split("\n")[0]
         if env_id:
@@ -752,12 +769,11 @@ def find_env(make_env, env_id, units, longest):
         print(f"no evaluation: {problem}")
         return None
     check_spaces(env.observation_space, env.action_space, f"environment {env.spec.id}")
-    its = Units(env.observation_space, env.action_space)
-    if (its.obs_dim, its.action_dim, its.discrete) != (
-        units.obs_dim,
-        units.action_dim,
-        units.discrete,
-    ):
+    its, ours = (
+        (u.obs_dim, u.action_dim, u.discrete)
+        for u in (Units(env.observation_space, env.action_space), units)
+    )
+    if its != ours:
         raise UserError(f"environment {env.spec.id}: its spaces are not those of the data")
     print(f"evaluation in {env.spec.id}")
     if env.spec.max_episode_steps is None:  # or an episode could run for ever
@@ -801,12 +817,15 @@ def q_health(metrics, data, gamma, if_high, if_low):
     low = min(0.0, data.all.reward.min().item()) / (1 - gamma)
     high = max(0.0, data.all.reward.max().item()) / (1 - gamma)
     q_data, q_policy = metrics["q_data"], metrics["q_policy"]
-    if max(q_data, q_policy) > high:
+    if q_policy > high:
         what = f"Q(s, pi(s)) = {q_policy:.4g} exceeds every return possible ({high:.4g})"
         return f"{what}: the critic extrapolates. {if_high}"
-    if min(q_data, q_policy) < low:
+    if q_policy < low:
         what = f"Q(s, pi(s)) = {q_policy:.4g} is below every return possible ({low:.4g})"
         return f"{what}: the critic is too pessimistic. {if_low}"
+    if not low <= q_data <= high:
+        what = f"Q on the data = {q_data:.4g} is no possible return ({low:.4g} to {high:.4g})"
+        return f"{what}, Q(s, pi(s)) = {q_policy:.4g}: the critic is wrong even on the data."
     mean = data.discounted_returns(gamma).mean()
     data_q = f"Q on the data {q_data:.4g}, where discounted returns average {mean:.4g}"
     return f"Q(s, pi(s)) = {q_policy:.4g}, {data_q}; possible are {low:.4g} to {high:.4g}"
@@ -844,12 +863,16 @@ def check_args(args):
             raise UserError(f"{flag}: it must lie in (0, 1]")
         if name == "gamma" and not 0 <= value < 1:
             raise UserError(f"{flag}: it must lie in [0, 1)")
+        if name == "reward_scale" and value != "return-range" and not 0 < value < math.inf:
+            raise UserError(f"{flag}: it must be positive")
+        if name == "reward_shift" and not math.isfinite(value):
+            raise UserError(f"{flag}: it must be a number")
         if name == "hidden" and not all(width > 0 for width in value):
             raise UserError(f"{flag}: widths must be positive")
     if args.eval_every % args.log_every:
         raise UserError(f"--eval-every {args.eval_every}: not a multiple of --log-every")
-    if not args.dataset_id:
-        raise UserError("--dataset-id: at least one is needed")
+    if not args.dataset_id or isinstance(args.dataset_id, str):
+        raise UserError("--dataset-id: a tuple of one or more ids is needed")
 
 
 def pick_device(name):
@@ -892,7 +915,8 @@ def open_run(args):
     try:
         yield run
     except KeyboardInterrupt:
-        print(f"\nstopped; to go on: python {Path(__file__).name} --resume {run.folder}")
+        folder = shlex.quote(str(run.folder))
+        print(f"\nstopped; to go on: python {Path(__file__).name} --resume {folder}")
         raise
 
 
@@ -903,6 +927,8 @@ def resumed_args(args):
         raise UserError("--resume takes all flags from the run: give no other one beside it")
     if not (folder / "args.json").exists():
         raise UserError(f"--resume {folder}: not the folder of a run, it has no args.json")
+    if not (folder / Path(__file__).name).exists():
+        raise UserError(f"--resume {folder}: not a run of {Path(__file__).name}")
     if (folder / "result.json").exists():
         raise UserError(f"--resume {folder}: the run is complete, see result.json there")
     stored = json.loads((folder / "args.json").read_text())["args"]
@@ -914,7 +940,10 @@ def create_folder(args):
     dataset = "+".join(args.dataset_id).replace("/", "-")
     stamp = time.strftime("%Y%m%d-%H%M%S") + f"-{time.time_ns() // 1000 % 10**6:06d}"
     folder = Path(args.out_dir) / f"{ALGORITHM}__{dataset}__s{args.seed}__{stamp}"
-    folder.mkdir(parents=True)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"--out-dir {args.out_dir}: {error}") from error
     source = Path(__file__).resolve()
     git = [shutil.which("git") or "true", "-C", source.parent, "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
@@ -932,9 +961,9 @@ def write(path, content):
     temporary.replace(path)
 
 
-def write_csv(path, rows):
+def write_csv(path, rows, header):
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]) if rows else ["step"], lineterminator="\n")
+    writer = csv.DictWriter(text, list(rows[0]) if rows else header, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write(path, text.getvalue())
@@ -957,9 +986,9 @@ def save_checkpoint(run):
         "action_space": serialize_space(units.action_space),
     }
     torch.save(state, checkpoint)
-    write(run.folder / "checkpoint.pt", checkpoint.getvalue())
-    write_csv(run.folder / "metrics.csv", run.metrics)
-    write_csv(run.folder / "returns.csv", run.returns)
+    write_csv(run.folder / "metrics.csv", run.metrics, ["step"])
+    write_csv(run.folder / "returns.csv", run.returns, ["step", "seed", "return"])
+    write(run.folder / "checkpoint.pt", checkpoint.getvalue())  # last: what it has, the CSVs have
 
 
 def load_checkpoint(run):
@@ -984,6 +1013,7 @@ def log(run, update, metrics, episodes, bar):
     for name, value in row.items():
         if not math.isfinite(value):
             good = f"the last good checkpoint is that of update {run.step} in {run.folder}"
+            good = good if (run.folder / "checkpoint.pt").exists() else "there is no checkpoint yet"
             raise UserError(f"update {update}: {name} is {value}; {good}")
     row["return_mean"] = None
     if run.data.make_env and episodes:
