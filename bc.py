@@ -317,7 +317,8 @@ class Units(nn.Module):
         return torch.as_tensor(np.asarray(x), dtype=torch.float32, device=self.obs_mean.device)
 
     def obs(self, obs):
-        """(N, ...), Dict and Tuple flat as by gymnasium.spaces.flatten -> (N, O), standardised."""
+        """(N, ...) -> (N, O), standardised. Dict and Tuple as rows that gymnasium.spaces.flatten
+        made with self.observation_space: an environment may order its keys otherwise."""
         return (self.tensor(obs).reshape(len(obs), self.obs_dim) - self.obs_mean) / self.obs_std
 
     def action(self, action):

@@ -183,7 +183,7 @@ class DiscreteBCQ(nn.Module):
         return F.huber_loss(q, y)
 
     def imitation_loss(self, batch):
-        """(5). More than 0.01 (0.5, say) would leave G too soft for any threshold to bind."""
+        """(5). A weight of 0.5 would leave G too soft for the default threshold to bind."""
         logits = self.imitation(batch.obs)
         negative_log_prob = F.cross_entropy(logits, batch.action, reduction="none")
         assert negative_log_prob.shape == batch.reward.shape
@@ -496,7 +496,8 @@ class Units(nn.Module):
         return torch.as_tensor(np.asarray(x), dtype=torch.float32, device=self.obs_mean.device)
 
     def obs(self, obs):
-        """(N, ...), Dict and Tuple flat as by gymnasium.spaces.flatten -> (N, O), standardised."""
+        """(N, ...) -> (N, O), standardised. Dict and Tuple as rows that gymnasium.spaces.flatten
+        made with self.observation_space: an environment may order its keys otherwise."""
         return (self.tensor(obs).reshape(len(obs), self.obs_dim) - self.obs_mean) / self.obs_std
 
     def action(self, action):

@@ -561,8 +561,8 @@ def verdict(report):
       1. No ratios: at best a hint, if FQE and the model agree.
       2. Effective sample size below 10 or one episode above half of the weight: ratios say nothing.
          At best a hint, as in 1.
-      3. The mean weight is more than 3 standard errors from 1: behaviour probabilities are wrong or
-         actions are missing; ratios say nothing.
+      3. The mean weight is more than 3 standard errors from 1: the logs miss some of what it does,
+         or pi_b is wrong; ratios say nothing.
       4. PDWIS, WDR and FQE all agree: believe WDR, with care if the size is below 50.
       5. Only PDWIS and WDR agree, size at least 50: believe WDR with care, not FQE.
       6. Otherwise nothing."""
@@ -582,7 +582,7 @@ def verdict(report):
     elif report.ess < 10 or largest > 0.5:
         problem = f"{size}, the largest weight {largest:.0%} of all"
     elif abs(mean - 1) > 3 * error:
-        problem = f"weights average {mean:.2f}, not 1: pi_b is wrong or lacks actions"
+        problem = f"weights average {mean:.2f}, not 1: logs lack what it does, or pi_b is wrong"
     else:
         wdr = f"{by_name['WDR'].low:.4g} to {by_name['WDR'].high:.4g}"
         apart = [pair for pair in apart if "model" not in pair]
@@ -1184,7 +1184,8 @@ class Units(nn.Module):
         return torch.as_tensor(np.asarray(x), dtype=torch.float32, device=self.obs_mean.device)
 
     def obs(self, obs):
-        """(N, ...), Dict and Tuple flat as by gymnasium.spaces.flatten -> (N, O), standardised."""
+        """(N, ...) -> (N, O), standardised. Dict and Tuple as rows that gymnasium.spaces.flatten
+        made with self.observation_space: an environment may order its keys otherwise."""
         return (self.tensor(obs).reshape(len(obs), self.obs_dim) - self.obs_mean) / self.obs_std
 
     def action(self, action):

@@ -818,7 +818,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one_and_its_policy_loads(
 @pytest.mark.parametrize(
     ("dataset", "bound"),
     [
-        ("cartpole/mixed-v0", 475),  # 494 ± 5 over five seeds, seed 0 476, the data 226
+        ("cartpole/mixed-v0", 473),  # 494.5 ± 10.7 over five seeds, less two of these; the data 226
         ("cartpole/expert-v0", 475),  # 500 ± 0 over two seeds, the data 500
         ("pendulum/mixed-v0", -190),  # -159 ± 1 over three seeds, the data -578
     ],

@@ -95,9 +95,10 @@ def test_every_flag_is_read(file):
 
 
 def test_flags_of_the_same_name_mean_the_same():
+    flags = {file: fields(file) for file in FILES}
     for one, other in combinations(FILES, 2):
-        for name in set(fields(one)) & set(fields(other)):
-            assert fields(one)[name] == fields(other)[name], f"--{name} in {one} and {other}"
+        for name in set(flags[one]) & set(flags[other]):
+            assert flags[one][name] == flags[other][name], f"--{name} in {one} and {other}"
 
 
 def fix(source):
