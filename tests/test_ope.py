@@ -525,6 +525,7 @@ def test_rank_correlation_and_regret():
     assert spearman(x, -x) == -1
     assert spearman([1, 2, 3, 4, 5], [2, 1, 4, 3, 5]) == pytest.approx(0.8)
     assert spearman([1, 2, 2, 3], [1, 2, 2, 3]) == 1  # ties
+    assert spearman([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(0.9487, abs=1e-4)
     assert regret(x, x, k=1) == 0 == regret(x, -x, k=4)
     assert regret(x, -x) == 1
     assert regret(x, [9, 0, 0, 0]) == 0.5
