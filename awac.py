@@ -40,7 +40,7 @@ Differs from the paper:
      weight of a transition depends on who else is drawn.
   D3 The deviation's logarithm lies in [-5, 2] and starts at 0 (there [-6, 0], -3). No weight decay.
 
-Written from the paper; no code taken from elsewhere. Pendulum, under a minute on two cores:
+Written from the paper; no code taken from elsewhere. Pendulum:
 
   python awac.py
 

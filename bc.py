@@ -25,7 +25,7 @@ Differs from the papers:
      that other methods can use. One mode only: between two good actions lies a third.
   D2 X counts transitions, as in the paper of (2); others count episodes.
 
-Written from the papers; no code taken from elsewhere. Pendulum, half a minute on two cores:
+Written from the papers; no code taken from elsewhere. Pendulum:
 
   python bc.py
   python bc.py --top-fraction 0.1

@@ -43,7 +43,7 @@ Differs from the papers (D1, D2) or from the official code (D3):
   D2 Polyak targets for Discrete actions too; the paper's Atari agent copies every 8,000 updates.
   D3 (1) has >=, the official code >: threshold 1 then allows nothing. Here it leaves the mode of G.
 
-Written from the papers; no code taken from elsewhere. Pendulum, a minute on two cores:
+Written from the papers; no code taken from elsewhere. Pendulum:
 
   python bcq.py
 

@@ -37,7 +37,7 @@ Differs from the paper (D2-D4) or from the official code (D1):
   D3 The discrete agent is double DQN with Polyak targets; the paper's Atari agent is QR-DQN.
   D4 --bc-weight is an addition: a constraint on the policy beside CQL's constraint on the value.
 
-Written from the paper; no code taken from elsewhere. Pendulum, a minute on two cores:
+Written from the paper; no code taken from elsewhere. Pendulum, under 90 seconds on two cores:
 
   python cql.py
 

@@ -37,7 +37,7 @@ Differs from the paper:
   D3 With --online-steps the actor's learning rate is constant from the start; without, it falls to
      0 along a cosine, as in the paper.
 
-Written from the paper; no code taken from elsewhere. Pendulum, under a minute on two cores:
+Written from the paper; no code taken from elsewhere. Pendulum:
 
   python iql.py
 
