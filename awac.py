@@ -807,12 +807,12 @@ def pick_device(name):
 
 
 def use_fast_matmul():
-    """oneDNN's float32 products are twice as fast as MKL's on AMD CPUs with AVX-512. On CPUs where
-    the setting would really round to bfloat16 it is taken back."""
-    x = torch.linspace(-1, 1, 256 * 256, device="cpu").view(256, 256)
+    """oneDNN's float32 products are faster than MKL's on AMD CPUs, up to twice with AVX-512. Where
+    the CPU would really round to bfloat16 (an error of 2e-3 instead of 1e-6) it is taken back."""
+    x = torch.linspace(0, 1, 256 * 256, device="cpu").view(256, 256)
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     exact = x.double() @ x.double()
-    if ((x @ x) - exact).abs().max() > 1e-5 * exact.abs().max():
+    if (x @ x - exact).abs().max() > 1e-4 * exact.abs().max():
         torch.backends.mkldnn.matmul.fp32_precision = "none"
 
 

@@ -216,6 +216,28 @@ def test_importing_has_no_side_effect(file, tmp_path, monkeypatch, capfd):
     assert torch.get_default_dtype() == torch.float32
 
 
+@pytest.mark.parametrize("rounds", [False, True], ids=["keeps float32", "rounds to bfloat16"])
+def test_the_fast_matrix_product_is_kept_only_where_it_is_exact(rounds, monkeypatch):
+    flags, multiply = torch.backends.mkldnn.matmul, torch.Tensor.__matmul__
+
+    def product(x, y):  # of a CPU that rounds, or one that does not, whatever this one does
+        setting = flags.fp32_precision
+        if rounds and setting == "bf16" and x.dtype == torch.float32:
+            x, y = x.bfloat16().float(), y.bfloat16().float()
+        flags.fp32_precision = "none"
+        result = multiply(x, y)
+        flags.fp32_precision = setting
+        return result
+
+    before = flags.fp32_precision
+    monkeypatch.setattr(torch.Tensor, "__matmul__", product)
+    try:
+        importlib.import_module("cql").use_fast_matmul()
+        assert flags.fp32_precision == ("none" if rounds else "bf16")
+    finally:
+        flags.fp32_precision = before
+
+
 @pytest.mark.parametrize(("file", "kind"), CASES)
 def test_a_run_leaves_what_the_design_says(file, kind, tmp_path, capsys):
     name = file.removesuffix(".py")
