@@ -127,7 +127,7 @@ class Args:
     expectile: float = 0.9
     """tau in (1): 0.5 is the mean over the actions of the data, towards 1 their maximum"""
     beta: float = 10.0
-    """beta in (2), inverse temperature: multiplies the advantage; 0: behaviour cloning"""
+    """beta in (4), inverse temperature: multiplies the advantage; 0: behaviour cloning"""
 
 
 class Agent(nn.Module):

@@ -62,7 +62,7 @@ On MuJoCo data, with the paper's settings (hours; per task, h is 1 or 5 and lamb
 
   python mopo.py --dataset-id mujoco/hopper/medium-v0 --hidden 256 256 --model-hidden 200 200 200 \
     200 --rollout-starts 50000 --rollout-every 1000 --penalty 5 --actor-lr 1e-4 --critic-lr 3e-4 \
-    --model-epochs 1000 --steps 1000000 --log-every 5000 --eval-every 50000
+    --polyak 0.005 --model-epochs 1000 --steps 1000000 --log-every 5000 --eval-every 50000
 """
 
 import csv
@@ -96,6 +96,7 @@ from minari.data_collector import EpisodeBuffer
 from minari.serialization import deserialize_space, serialize_space
 from torch import nn
 from torch.distributions import Normal
+from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
 
@@ -129,7 +130,7 @@ class Args:
     """widths of the hidden layers, for example 256 256"""
     gamma: float = 0.99
     """discount"""
-    polyak: float = 0.005
+    polyak: float = 0.01
     """rate of the target networks: Q' <- (1 - polyak) Q' + polyak Q"""
     normalize_obs: bool = False
     """standardise observations by the mean and deviation of the dataset"""
@@ -465,12 +466,15 @@ def train_end(model, data, train, args):
     ends, others = train[is_end], train[~is_end]
     if not len(ends) or not len(others):
         return
-    optimizer, half = adam(model.end.parameters(), args.model_lr), 128
+    updates, half = 4_000, 128
+    optimizer = adam(model.end.parameters(), args.model_lr)
+    schedule = CosineAnnealingLR(optimizer, updates)  # or the last batches shift the threshold
     label = torch.cat([torch.ones(half), torch.zeros(half)]).to(train.device)
-    for _ in tqdm(range(2_000), desc="terminals", disable=None, dynamic_ncols=True):
+    for _ in tqdm(range(updates), desc="terminals", disable=None, dynamic_ncols=True):
         index = torch.cat([x[torch.randint(len(x), (half,))] for x in (ends, others)])
         logit = model.end_logit(data.all.next_obs[index])
         step(optimizer, F.binary_cross_entropy_with_logits(logit, label))
+        schedule.step()
     model.end_threshold.fill_(math.log(len(others) / len(ends)))
 
 
