@@ -628,7 +628,8 @@ def open_dataset(dataset_id):
     eval_env = "antmaze/umaze" not in dataset_id
     make_env = dataset.env_spec and partial(dataset.recover_environment, eval_env=eval_env)
     reference = [dataset.storage.metadata.get(f"ref_{end}_score") for end in ("min", "max")]
-    reference = None if None in reference else tuple(map(float, reference))
+    known = None not in reference and reference[0] != reference[1]
+    reference = tuple(map(float, reference)) if known else None
     return episodes, dataset.observation_space, dataset.action_space, make_env, reference
 
 

@@ -309,10 +309,16 @@ def test_iql_and_awac_stitch_and_bc_cannot(seed):
     assert not reaches_the_goal(bc, seed, held_out=0, top_fraction=0.2)
 
 
-# ---- Learning ----
+# ---- Learning on the built-in data, default flags ----
+# Bounds: the project's goals. Over seeds 0 to 4, benchmarks/table.py gives IQL and AWAC
+# -145 ± 1 and -146 ± 3 on Pendulum (the data -578), 500 ± 0 and 499 ± 2 on CartPole (226).
 
 
 @pytest.mark.parametrize("module", [iql, awac])
-def test_it_learns_on_cartpole(module, tmp_path):
-    flags = {"steps": 1000, "eval_every": 0, "eval_episodes": 20, "out_dir": str(tmp_path)}
-    assert module.main(module.Args(("cartpole/mixed-v0",), **flags))["return_mean"] >= 475
+@pytest.mark.parametrize(
+    ("dataset", "bound"), [("pendulum/mixed-v0", -170), ("cartpole/mixed-v0", 475)]
+)
+def test_it_learns(module, dataset, bound, tmp_path):
+    result = module.main(module.Args((dataset,), eval_every=0, out_dir=str(tmp_path)))
+    assert result["return_mean"] >= bound
+    assert "possible are" in result["health"]

@@ -326,8 +326,9 @@ def test_bc_reproduces_a_deterministic_expert(tmp_path):
     assert result["action_distance"] < 0.05 and result["return_mean"] == 500
 
 
-def test_percentile_bc_beats_bc_on_mixed_data(tmp_path):
-    flags = {"dataset_id": ("pendulum/mixed-v0",), "steps": 1000, "eval_episodes": 20}
+def test_percentile_bc_learns_from_mixed_data_where_bc_fails(tmp_path):
+    """With default flags, over seeds 0 to 4: -146 ± 3 and -632 ± 182, the data -578."""
+    flags = {"dataset_id": ("pendulum/mixed-v0",)}
     top, every = run(tmp_path, top_fraction=0.1, **flags), run(tmp_path, **flags)
-    assert top["return_mean"] > every["return_mean"] + 100
+    assert top["return_mean"] >= -200 and every["return_mean"] < top["return_mean"] - 100
     assert "imitates 10 of 100 episodes" in top["health"]

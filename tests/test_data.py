@@ -541,8 +541,16 @@ def test_reference_scores_are_kept_only_where_they_are_equal():
     same = with_env("lab/two-v0", ref_min_score=-1000.0, ref_max_score=-150.0)
     other = with_env("lab/three-v0", ref_min_score=-900.0, ref_max_score=-150.0)
     none = with_env("lab/four-v0")
+    flat = with_env("lab/five-v0", ref_min_score=-99.0, ref_max_score=-99.0)  # no scale
     assert load(first).reference == load(first, same).reference == (-1000.0, -150.0)
-    for names in ((first, other), (first, none), (none, first), (first, other, first), (none,)):
+    for names in (
+        (first, other),
+        (first, none),
+        (none, first),
+        (first, other, first),
+        (none,),
+        (flat,),
+    ):
         assert load(*names).reference is None
     assert load("pendulum/random-v0", "pendulum/expert-v0").reference == (-1230.0, -146.0)
 
