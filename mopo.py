@@ -51,8 +51,8 @@ Differs from the paper or from the official code:
      states, where a later implementation takes the whole batch.
   D5 s' - s, r and u are in the networks' units: with --normalize-obs or --reward-scale, lambda is.
 
-Written from the paper; no code taken from elsewhere. Pendulum, a return of about -140
-after two minutes on one core:
+Written from the paper; no code taken from elsewhere. Pendulum, a return of about -135
+after a minute on one core:
 
   python mopo.py
 

@@ -616,6 +616,13 @@ def test_the_buffer_is_first_in_first_out(seed):
             assert set(drawn.tolist()) == set(rows)  # never an empty row, and all of them
 
 
+def test_the_buffer_of_an_agent_holds_five_rounds_of_rollouts():
+    agent, data = world_agent(rollout_starts=6, rollout_length=2)
+    for _ in range(7):
+        agent.rollout(data)
+    assert len(agent.model_buffer.all().obs) == len(agent.model_buffer.rows) == 5 * 6 * 2
+
+
 def test_batches_have_exactly_the_real_share():
     for ratio, real in ((0.0, 0), (0.05, 13), (0.29, 74), (0.5, 128), (1.0, 256)):
         agent, data = world_agent(real_ratio=ratio)
