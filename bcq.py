@@ -36,14 +36,15 @@ of G; spread: standard deviation of the b_i of a state (0: behaviour cloning wit
 perturbation: mean |tanh(net)|, 1 where phi always binds.
 
 The means in (6) amount to a decoder with noise of deviation 0.35 in units of [-1, 1]: where the
-actions of a state differ by less than that, kl and spread are 0 and b_i is their mean.
+actions of a state have a smaller deviation than that, kl and spread are 0 and b_i is their mean.
 
-Differs from the papers (D1, D2) or from the official code (D3):
+Differs from the papers (D1, D2, D4) or from the official code (D3):
   D1 (5): Q and G are separate networks, for Atari's images they share their first layers.
   D2 Polyak targets for Discrete actions too; the paper's Atari agent copies every 8,000 updates.
   D3 (1) has >=, the official code >: threshold 1 then allows nothing. Here it leaves the mode of G.
+  D4 The last term of (5), and the means and the 1/2 of (6), are the official code's alone.
 
-Written from the papers; no code taken from elsewhere. Pendulum:
+Written from the papers; no code taken from elsewhere. Pendulum, a return of about -160:
 
   python bcq.py
 
@@ -183,7 +184,7 @@ class DiscreteBCQ(nn.Module):
         return F.huber_loss(q, y)
 
     def imitation_loss(self, batch):
-        """(5). A weight of 0.5 would leave G too soft for the default threshold to bind."""
+        """(5). A weight of 0.5 would leave G too soft for the default threshold to bind (D4)."""
         logits = self.imitation(batch.obs)
         negative_log_prob = F.cross_entropy(logits, batch.action, reduction="none")
         assert negative_log_prob.shape == batch.reward.shape
@@ -193,7 +194,7 @@ class DiscreteBCQ(nn.Module):
         """One gradient step. Returns metrics as tensors: nothing waits for the device."""
         critic_loss, imitation_loss = self.critic_loss(batch), self.imitation_loss(batch)
         step(self.optimizer, critic_loss + imitation_loss)  # D1: no parameter is in both
-        polyak_update(self.critic_target, self.critic, self.args.polyak)
+        polyak_update(self.critic_target, self.critic, self.args.polyak)  # D2
         return {"critic_loss": critic_loss, "imitation_loss": imitation_loss}
 
     def diagnose(self, batch):
@@ -239,6 +240,8 @@ class ContinuousBCQ(nn.Module):
             raise UserError("--phi must be at least 0 and --soft-min in [0, 1]")
         if args.target_samples < 1 or args.act_samples < 1:
             raise UserError("--target-samples and --act-samples must be at least 1")
+        if not all(width > 0 for width in args.vae_hidden):
+            raise UserError("--vae-hidden: widths must be positive")
         self.args, self.units = args, data.units
         self.vae = VAE(self.units, args.vae_hidden)
         self.perturbation = Perturbation(self.units, args.hidden, args.phi)
@@ -404,7 +407,7 @@ class VAE(nn.Module):
         return self.decoder(x.flatten(0, -2)).view(*x.shape[:-1], -1).tanh()
 
     def sample(self, obs):
-        """b in (7): one action for each obs. Rare z, which decode to rare actions, are left out."""
+        """b in (7): one action for each obs. Rare z, which decode to rare actions, are clipped."""
         z = torch.randn(*obs.shape[:-1], self.latent_dim, device=obs.device)
         return self.decode(obs, z.clamp(-0.5, 0.5))
 

@@ -50,6 +50,8 @@ Differs from the paper or from the official code:
   D4 Target entropy -A, the official code has -3 for every task; COMBO's (8) pushes down at model
      states, where a later implementation takes the whole batch.
   D5 s' - s, r and u are in the networks' units: with --normalize-obs or --reward-scale, lambda is.
+  D6 (2), aleatoric, is the official code's, to which its values of lambda belong; in the paper it
+     is the norm of the covariance, not of the deviations.
 
 Written from the paper; no code taken from elsewhere. Pendulum, a return of about -135
 after a minute on one core:
@@ -61,7 +63,7 @@ COMBO: python mopo.py --conservative 1 --real-ratio 0.5
 On MuJoCo data, with the paper's settings (hours; per task, h is 1 or 5 and lambda 0.5 to 5):
 
   python mopo.py --dataset-id mujoco/hopper/medium-v0 --hidden 256 256 --model-hidden 200 200 200 \
-    200 --rollout-starts 50000 --rollout-every 1000 --penalty 5 --actor-lr 1e-4 --critic-lr 3e-4 \
+    200 --rollout-starts 50000 --rollout-every 1000 --penalty 5 --actor-lr 3e-4 --critic-lr 3e-4 \
     --polyak 0.005 --model-epochs 1000 --steps 1000000 --log-every 5000 --eval-every 50000
 """
 
@@ -158,7 +160,7 @@ class Args:
     rollout_starts: int = 5_000
     """states of the data that rollouts start from, each time"""
     rollout_every: int = 250
-    """updates between two rounds of rollouts; the model buffer holds the last 5"""
+    """updates between two rounds of rollouts; the model buffer has room for 5 full ones"""
     real_ratio: float = 0.05
     """share of real transitions in each batch"""
     conservative: float = 0.0
@@ -172,7 +174,7 @@ class Agent(nn.Module):
 
     def __init__(self, data, args):
         super().__init__()
-        check_own_args(args, data.units)
+        check_own_args(args, data)
         self.args, self.units = args, data.units
         self.real_rows = round(args.real_ratio * args.batch_size)
         self.model = Model(self.units, args)
@@ -189,14 +191,15 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def rollout(self, data):
-        """A round of rollouts into the model buffer. The last step of a rollout is not terminal."""
+        """A round of rollouts into the model buffer, with the rewards of (3). The last step of a
+        rollout is not terminal."""
         penalty = 0 if self.args.conservative else self.args.penalty
         obs = data.sample(self.args.rollout_starts).obs
         for _ in range(self.args.rollout_length):
             action = self.policy(obs).sample().tanh()
             reward, next_obs, terminal, u = self.model.step(obs, action)
             assert reward.shape == u.shape == terminal.shape
-            self.model_buffer.add(Batch(obs, action, reward - penalty * u, next_obs, terminal))  # 3
+            self.model_buffer.add(Batch(obs, action, reward - penalty * u, next_obs, terminal))
             obs = next_obs[terminal == 0]
 
     def sample(self, data):
@@ -215,7 +218,8 @@ class Agent(nn.Module):
             return batch.reward + self.args.gamma * (1 - batch.terminal) * next_v
 
     def critic_loss(self, batch):
-        """(5) or, with --conservative, (8), and its parts as metrics."""
+        """(5) or, with --conservative, (8), and its parts as metrics. Pushed down are the model
+        states alone (D4)."""
         q = self.critic(batch.obs, batch.action)
         td_error = q - self.target(batch)
         assert td_error.shape == (2, *batch.reward.shape)
@@ -244,7 +248,8 @@ class Agent(nn.Module):
         return (q - log_mu).logsumexp(1)
 
     def actor_loss(self, batch):
-        """(6) + (7), one loss: the temperature is a constant in (6) and the policy in (7)."""
+        """(6) + (7), one loss: the temperature is a constant in (6) and the policy in (7), where
+        the target of the entropy is -A (D4)."""
         pi = self.policy(batch.obs)
         action, log_pi = squash(pi, pi.rsample())
         temperature = self.log_temperature.exp().detach()
@@ -296,8 +301,8 @@ class Agent(nn.Module):
         return log_prob - self.units.half_range.log().sum()
 
 
-def check_own_args(args, units):
-    if units.discrete:
+def check_own_args(args, data):
+    if data.units.discrete:
         others = "bc.py, cql.py, iql.py, bcq.py and awac.py"
         raise UserError(f"MOPO needs Box actions, these are Discrete, which {others} support")
     for name in ("model_epochs", "rollout_length", "rollout_starts", "rollout_every"):
@@ -309,6 +314,8 @@ def check_own_args(args, units):
         raise UserError("--penalty and --conservative must be at least 0, --real-ratio in [0, 1]")
     if args.conservative and not 0 < round(args.real_ratio * args.batch_size) < args.batch_size:
         raise UserError("--conservative needs real and model transitions: --real-ratio 0.5")
+    if data.all and len(data.returns) < 2:
+        raise UserError("MOPO holds out whole episodes: the data must have at least two")
 
 
 class Model(nn.Module):
@@ -402,8 +409,6 @@ class ModelBuffer(nn.Module):
 def train_model(model, data, args):
     """Fits the ensemble and the classifier of terminals. Returns the held-out transitions, (H,)."""
     episodes = torch.randperm(len(data.returns), device=data.train.device)
-    if len(episodes) < 2:
-        raise UserError("MOPO holds out whole episodes: the data must have at least two")
     is_held = torch.isin(data.episode, episodes[: math.ceil(len(episodes) / 10)])  # D2
     train, held = data.train[~is_held], data.train[is_held]
     train_ensemble(model, data, train, held, args)
@@ -461,10 +466,12 @@ def train_ensemble(model, data, train, held, args):
 
 def train_end(model, data, train, args):
     """D1: the classifier learns from batches that are half terminal, which the data rarely are; the
-    threshold turns its log odds back into those of the data. Without terminals it stays off."""
+    threshold turns its log odds back into those of the data. Without terminals it stays off; where
+    all transitions are terminal, all imagined ones are."""
     is_end = data.all.terminal[train] == 1
     ends, others = train[is_end], train[~is_end]
     if not len(ends) or not len(others):
+        model.end_threshold.fill_(-math.inf if len(ends) else math.inf)
         return
     updates, half = 4_000, 128
     optimizer = adam(model.end.parameters(), args.model_lr)
@@ -1239,12 +1246,13 @@ def report(model, data, held, args):
     lines += [*members_table(model, y, error, sigma), *rollout_table(model, data, held, args)]
     lines += penalty_table(u, error[model.elites].norm(dim=-1).mean(0))
     penalty, reward = args.penalty * u, batch.reward.abs()
-    lines += [f"penalty {penalty.mean():.3g} on average, {penalty.max():.3g} at most; "
+    unused = " (not applied: --conservative)" if args.conservative else ""
+    lines += [f"penalty {penalty.mean():.3g} on average, {penalty.max():.3g} at most{unused}; "
               f"|r| {reward.mean():.3g}, {reward.max():.3g}"]  # fmt: skip
-    if model.end_threshold.isfinite():
+    if model.end_threshold < math.inf:
         lines += [terminals_line(model, batch)]
     else:
-        lines += ["terminals: none in the data, the model never ends an episode"]
+        lines += ["terminals: none in the episodes trained on, the model never ends one"]
     return "\n".join(lines)
 
 

@@ -696,8 +696,11 @@ def test_an_update_leaves_no_gradient_in_other_networks():
 def test_acting_stays_in_bounds_and_splits_large_batches():
     torch.manual_seed(0)
     agent = continuous_agent(low=-2.0, high=3.0, dim=2, act_samples=3)
+    sizes, policy = [], agent.policy
+    agent.policy = lambda obs: sizes.append(len(obs)) or policy(obs)
     action = agent.act(torch.randn(2500, 3).numpy())
     assert action.shape == (2500, 2) and action.min() >= -2 and action.max() <= 3
+    assert sizes == [1000, 1000, 500]
 
 
 def test_the_evaluation_is_reproducible_although_the_policy_samples():
@@ -738,6 +741,7 @@ def test_the_spread_is_that_of_the_candidates_of_a_state():
         (continuous_agent, {"soft_min": 1.5}, "--soft-min"),
         (continuous_agent, {"target_samples": 0}, "--target-samples"),
         (continuous_agent, {"act_samples": 0}, "--act-samples"),
+        (continuous_agent, {"vae_hidden": (8, 0)}, "--vae-hidden"),
     ],
 )
 def test_wrong_flags_are_one_clear_line(make, flags, name):
