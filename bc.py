@@ -22,7 +22,7 @@ it rises while nll falls, the policy learns the data by heart.
 
 Differs from the papers:
   D1 A likelihood, not a squared error: its mean is the same, and the trained policy is a density
-     that other methods can use. One mode only: between two good actions lies a third.
+     that other methods can use. One mode only: the mean of two good actions can be a bad one.
   D2 X counts transitions, as in the paper of (2); others count episodes.
 
 Written from the papers; no code taken from elsewhere. Pendulum:
@@ -125,7 +125,7 @@ class Agent(nn.Module):
         self.optimizers = [self.optimizer]
         if data.all:  # not in load_policy
             train, held_out = choose_episodes(data, args)
-            self.kept_returns = data.returns[train + held_out]
+            self.kept_returns = data.returns[train]
             self.held_out = data.batch(transitions(data, held_out))
             data.train = transitions(data, train)
 
@@ -679,7 +679,8 @@ class Run:
 
 def check_args(args):
     """Ranges of the flags that the files have in common; a method checks its own ones."""
-    limits = {"steps": 1, "log_every": 1, "eval_every": 0, "eval_episodes": 0, "batch_size": 1}
+    limits = {"seed": 0, "eval_every": 0, "eval_episodes": 0}
+    limits |= {"steps": 1, "log_every": 1, "batch_size": 1}
     for name, value in asdict(args).items():
         flag = f"--{name.replace('_', '-')} {value}"
         if name in limits and value < limits[name]:

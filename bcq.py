@@ -885,7 +885,8 @@ class Run:
 
 def check_args(args):
     """Ranges of the flags that the files have in common; a method checks its own ones."""
-    limits = {"steps": 1, "log_every": 1, "eval_every": 0, "eval_episodes": 0, "batch_size": 1}
+    limits = {"seed": 0, "eval_every": 0, "eval_episodes": 0}
+    limits |= {"steps": 1, "log_every": 1, "batch_size": 1}
     for name, value in asdict(args).items():
         flag = f"--{name.replace('_', '-')} {value}"
         if name in limits and value < limits[name]:

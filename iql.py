@@ -19,17 +19,19 @@ Nothing flows from the policy into V or Q.
 pi is, for Box actions, a Gaussian of mean tanh(net(s)) and of a deviation free of s; it is not
 squashed, its samples are clipped. For Discrete actions it is categorical.
 
-Symbols: tau = expectile, Q' = critic_target. N batch, O observation, A action size (Box) or
-number of actions (Discrete), E = 2 critics.
+Symbols: tau = expectile, Q' = critic_target. N batch, O observation, A action
+size (Box) or number of actions (Discrete), E = 2 critics.
 
 Metrics: critic_loss (3), actor_loss (5), value_loss (1);
-on a fixed sample of the data q_data = Q(s, a), q_policy = Q(s, mode of pi), value = V(s), advantage
-= mean A, weight_clipped = share of weights at 100, weight_ess = (sum w)^2 / (N sum w^2) (1: plain
-behaviour cloning), nll = -log pi(a|s), and action_distance from the mode of pi to a: RMS in units
-of [-1, 1], for Discrete the share of states where they differ.
+on a sample of the data (online, of the new ones too), with the critics of (4): q_data = min_j
+Q(s, a), q_policy the same at the mode of pi, value = V(s), advantage = mean A, weight_clipped =
+share of weights at 100, weight_ess = (sum w)^2 / (N sum w^2) (1: plain behaviour cloning), nll =
+-log pi(a|s), and action_distance from the mode of pi to a: RMS in units of [-1, 1], for Discrete
+the share of states where they differ.
 
 Online (--online-steps): afterwards the same update goes on, once per step in the environment, on
-the data and the new transitions alike.
+the data and the new transitions alike. The end of the offline phase is evaluated in full; online,
+logs and evaluations wait for the end of an episode.
 
 Differs from the paper:
   D1 Discrete actions are an addition; the equations are the same.
@@ -219,7 +221,7 @@ class Agent(nn.Module):
             "value": value.mean(),
             "advantage": (q_data - value).mean(),
             "weight_clipped": (w > 0.999 * self.max_weight).float().mean(),
-            "weight_ess": w.mean() ** 2 / (w**2).mean(),
+            "weight_ess": w.mean() ** 2 / (w**2).mean().clamp(min=1e-37),
             "nll": -pi.log_prob(batch.action).mean(),
             "action_distance": self.policy.distance(pi.mode, batch.action),
         }
@@ -230,8 +232,10 @@ class Agent(nn.Module):
         line = q_health(metrics, data, self.args.gamma, *advice)
         clipped, ess = metrics["weight_clipped"], metrics["weight_ess"]
         line += f"; {clipped:.0%} of the weights clipped, effective sample {ess:.1%}"
-        if clipped > 0.1 or ess < 0.02:
+        if ess < 0.02:
             return f"{line}: the policy copies few transitions. {milder}"
+        if clipped > 0.1:
+            return f"{line}: the clip hides which of them are best. {milder}"
         return f"{line}: nearly behaviour cloning. {greedier}" if ess > 0.99 else line
 
     @torch.no_grad()
@@ -780,7 +784,8 @@ class Run:
 
 def check_args(args):
     """Ranges of the flags that the files have in common; a method checks its own ones."""
-    limits = {"steps": 1, "log_every": 1, "eval_every": 0, "eval_episodes": 0, "batch_size": 1}
+    limits = {"seed": 0, "eval_every": 0, "eval_episodes": 0}
+    limits |= {"steps": 1, "log_every": 1, "batch_size": 1}
     for name, value in asdict(args).items():
         flag = f"--{name.replace('_', '-')} {value}"
         if name in limits and value < limits[name]:

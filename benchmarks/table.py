@@ -4,9 +4,8 @@
     python benchmarks/table.py cql --datasets cartpole/expert-v0 --vary alpha 0 1 10
 
 Each cell is the mean of the final evaluation (100 episodes on fixed seeds, deterministic policy,
-last weights) over the seeds, with the standard deviation over the seeds, and the range of Q at the
-policy's actions where the method has a critic. What follows `--` goes to the file as it is. Every
-run has one thread; the runs' folders are kept in --out-dir."""
+last weights) over the seeds, with the standard deviation over the seeds. What follows `--` goes to
+the file as it is. Every run has one thread; the runs' folders are kept in --out-dir."""
 
 import argparse
 import contextlib
@@ -32,7 +31,8 @@ def run(job):
         try:
             return module.main(tyro.cli(module.Args, args=flags))
         except module.UserError as error:
-            return {"return_mean": np.nan, "health": str(error), "seconds": np.nan}
+            numbers = dict.fromkeys(("return_mean", "data_return_mean", "seconds"), np.nan)
+            return numbers | {"health": str(error)}
 
 
 def main():
@@ -53,23 +53,28 @@ def main():
         + rest.split()
         for (dataset, value), seed in product(cells, args.seeds)
     ]
+    for job in jobs:  # a wrong flag stops here: in a worker it would hang the pool
+        tyro.cli(importlib.import_module(args.algorithm).Args, args=job)
     with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
         results = pool.map(run, [(args.algorithm, job) for job in jobs], chunksize=1)
-    table = {}
+    table, means = {}, {}
     for i, cell in enumerate(cells):
         rows = results[i * len(args.seeds) : (i + 1) * len(args.seeds)]
         returns = np.array([row["return_mean"] for row in rows], float)
         table[cell] = f"{returns.mean():.0f}"
         if len(returns) > 1:
             table[cell] += f" ± {returns.std(ddof=1):.0f}"
-        for seed, row in zip(args.seeds, rows, strict=True):
-            value = f"{name}={cell[1]} " if name else ""
-            line = f"{cell[0]} {value}seed={seed}: return {row['return_mean']:.1f}, "
-            print(line + f"{row['seconds']:.0f} s. {row['health']}")
-    print("\n| data | " + " | ".join(f"{name} {v}".strip() or "return" for v in values) + " |")
-    print("|---" * (len(values) + 1) + "|")
+        for seed, value, row in zip(args.seeds, returns, rows, strict=True):
+            flag = f"{name}={cell[1]} " if name else ""
+            line = f"{cell[0]} {flag}seed={seed}: return {value:.1f}, {row['seconds']:.0f} s. "
+            print(line + row["health"])
+        means[cell[0]] = f"{row['data_return_mean']:.0f}"
+    header = ["data", "its return", *(f"{name} {value}".strip() or "return" for value in values)]
+    print("\n| " + " | ".join(header) + " |")
+    print("|---" * len(header) + "|")
     for dataset in args.datasets:
-        print(f"| {dataset} | " + " | ".join(table[dataset, v] for v in values) + " |")
+        cells = [dataset, means[dataset], *(table[dataset, v] for v in values)]
+        print("| " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""What all tests share: the root on the path, one thread, no datasets of the machine's user."""
+"""What all tests share: the root on the path, one thread, no datasets of the machine's user, and
+no setting that a run in another test has left behind."""
 
 import sys
 from pathlib import Path
@@ -16,4 +17,5 @@ def empty_minari_root(tmp_path_factory, monkeypatch):
     """Built-in datasets come from memory, and tests can store their own ones."""
     root = tmp_path_factory.mktemp("minari")
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(root))
-    return root
+    yield root
+    torch.backends.mkldnn.matmul.fp32_precision = "none"  # use_fast_matmul is for the process

@@ -60,7 +60,7 @@ def exact_values(policy, P, r, gamma=0.9):
 
 def improved(batch, advantage, lam):
     """The actor that minimises (5), with unclipped weights, as a table (S, A)."""
-    agent = tabular(batch, awac, lam=lam)
+    agent = tabular(batch, awac, actions=3, lam=lam)
     agent.max_weight = math.inf
     per_transition = torch.as_tensor(advantage)[batch.obs.argmax(1), batch.action]
     loss = lambda: actor_loss(agent, batch, per_transition)  # noqa: E731
@@ -73,7 +73,7 @@ def test_a_small_lambda_takes_the_best_action_in_the_data():
     kept = batch.action < 2  # action 2 is the best, but not in the data
     batch = Batch(*(x[kept] for x in batch))
     advantage = np.array([[0.0, -0.1, 3.0], [-0.1, 0.0, 3.0], [0.0, -0.1, 3.0]])
-    assert improved(batch, advantage, 0.01)[:, :2].argmax(1).tolist() == [0, 1, 0]
+    assert improved(batch, advantage, 0.01).argmax(1).tolist() == [0, 1, 0]
     assert improved(batch, advantage, 0.01).max(1) == pytest.approx(1, abs=1e-3)
 
 

@@ -1,5 +1,5 @@
-"""The mathematics of iql.py against exact answers, then learning on the built-in data. The online
-phase is the same in awac.py and is tested here for both. (test_bc.py has the policies.)"""
+"""The mathematics of iql.py against exact answers. The online phase is the same in awac.py and is
+tested here for both. (test_bc.py has the policies, test_awac.py learning on the built-in data.)"""
 
 import difflib
 import math
@@ -62,7 +62,7 @@ def actor_loss(agent, batch, advantage):
 
 
 def solve(agent, batch, rounds):
-    """The fixed point of (1), (4) and (5): exact minimisation of each loss in turn."""
+    """The fixed point of (1), (3) and (6): exact minimisation of each loss in turn."""
     for _ in range(rounds):
         with torch.no_grad():
             q = agent.critic_target(batch.obs, batch.action).min(0).values
@@ -205,7 +205,7 @@ def test_the_value_of_a_terminal_transition_is_its_reward(module, discrete):
     assert agent.update(batch)["critic_loss"].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_a_truncated_transition_bootstraps():
+def test_a_transition_that_is_not_terminal_bootstraps():
     batch = make_batch([0, 1], [0, 0], [1.0, 2.0], [1, 1], [0.0, 1.0], 2)
     agent = tabular(batch, gamma=0.9)
     solve(agent, batch, 4)
@@ -394,7 +394,12 @@ def test_wrong_flags(flags):
 
 @pytest.mark.parametrize(
     ("clipped", "ess", "word"),
-    [(0.01, 0.5, "effective sample 50.0%$"), (0.2, 0.5, "Lower --beta"), (0, 1.0, "Raise --beta")],
+    [
+        (0.01, 0.5, "effective sample 50.0%$"),
+        (0.2, 0.5, "the clip hides which of them are best. Lower --beta"),
+        (0.2, 0.01, "copies few transitions. Lower --beta"),
+        (0, 1.0, "Raise --beta"),
+    ],
 )
 def test_health_speaks_of_the_weights(clipped, ess, word):
     batch = random_batch()
@@ -406,14 +411,29 @@ def test_health_speaks_of_the_weights(clipped, ess, word):
     assert "exceeds every return possible" in high and "Lower --expectile" in high
 
 
-def test_diagnose_measures_what_it_says():
+@pytest.mark.parametrize("module", BOTH)
+def test_diagnose_measures_what_it_says(module):
     batch = random_batch(discrete=True)
-    agent = small_agent(batch, beta=1.0)
+    agent = small_agent(batch, module, **({"beta": 1.0} if module is iql else {"lam": 1.0}))
+    for p in agent.critic_target.parameters():
+        p.data += 0.1 * torch.randn_like(p)
     metrics = {name: value.item() for name, value in agent.diagnose(batch).items()}
-    q = agent.critic_target(batch.obs, batch.action).min(0).values
-    advantage = q - agent.value(batch.obs)
+    pi = agent.policy(batch.obs)
+    critic = agent.critic_target if module is iql else agent.critic
+    q, q_policy = (critic(batch.obs, a).min(0).values for a in (batch.action, pi.probs.argmax(1)))
+    actions = range(pi.probs.shape[1])
+    if module is iql:
+        value = agent.value_net(batch.obs)[0, :, 0]
+    else:
+        each = [critic(batch.obs, torch.full((16,), a)).min(0).values for a in actions]
+        value = (pi.probs * torch.stack(each, 1)).sum(1)
+    advantage = q - value
     w = advantage.exp()
     assert metrics["q_data"] == pytest.approx(q.mean().item(), rel=1e-5)
+    assert metrics["q_policy"] == pytest.approx(q_policy.mean().item(), rel=1e-5)
+    assert metrics["value"] == pytest.approx(value.mean().item(), rel=1e-5)
+    differ = (pi.probs.argmax(1) != batch.action).float().mean().item()
+    assert metrics["action_distance"] == pytest.approx(differ)
     assert metrics["advantage"] == pytest.approx(advantage.mean().item(), rel=1e-4)
     assert metrics["weight_ess"] == pytest.approx(
         (w.sum() ** 2 / (w**2).sum() / 16).item(), rel=1e-4
