@@ -57,6 +57,8 @@ def main():
         tyro.cli(importlib.import_module(args.algorithm).Args, args=job)
     with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
         results = pool.map(run, [(args.algorithm, job) for job in jobs], chunksize=1)
+        pool.close()
+        pool.join()
     table, means = {}, {}
     for i, cell in enumerate(cells):
         rows = results[i * len(args.seeds) : (i + 1) * len(args.seeds)]

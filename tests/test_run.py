@@ -801,6 +801,7 @@ def test_the_command_line_gives_the_flags_to_main(file, tmp_path, monkeypatch):
 
 
 INVALID = [
+    ("seed", -1),
     ("steps", 0),
     ("log_every", 0),
     ("eval_every", -4),
