@@ -309,14 +309,14 @@ def test_imitation_loss_equals_the_hand_computed_sum():
 def test_on_deterministic_data_the_other_action_is_masked():
     """Where the data take only one of two actions, (5) is least at x (1 + e^x) = 2 / 0.01, with
     e^-x the other action's ratio: 0.02. The weight 0.5 of a public implementation leaves it 0.35:
-    above the default threshold. There nothing is masked, and BCQ is plain double DQN."""
+    above the 0.3 of the paper. There nothing is masked, and BCQ is plain double DQN."""
     torch.manual_seed(0)
     agent = discrete_agent(1, 2, lr=2e-2)
     trained(agent, tabular_batch(1, (1, 0, 0, 0.0, None)), 600)
     x = -table(agent.imitation).diff().item()
     assert x * (1 + math.exp(x)) == pytest.approx(2 / 0.01, rel=1e-2)
     assert agent.allowed(torch.eye(1)).tolist() == [[True, False]]
-    assert math.exp(-1.0426) > Args().threshold > math.exp(-x)
+    assert math.exp(-1.0426) > 0.3 > math.exp(-x)
     assert 1.0426 * (1 + math.exp(1.0426)) == pytest.approx(2 / 0.5, rel=1e-3)
 
 
