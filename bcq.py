@@ -578,9 +578,10 @@ def scripted_action(dataset_id, obs):
 
 
 def builtin_dataset(dataset_id):
-    """20,000 transitions (the last episode complete), always the same: a scripted controller that
-    acts uniformly at random with probability eps. CartPole's log the probability of their actions;
-    Pendulum's policy, part point mass, has no density. Returns what open_dataset returns."""
+    """20,000 transitions (the last episode complete), the same in every run, but for the last bits
+    of another CPU's sines: a scripted controller that acts uniformly at random with probability
+    eps. CartPole's log the probability of their actions; Pendulum's policy, part point mass, has no
+    density. Returns what open_dataset returns."""
     cartpole = dataset_id.startswith("cartpole")
     make_env = partial(gym.make, "CartPole-v1" if cartpole else "Pendulum-v1")
     env, rng = make_env(disable_env_checker=True), np.random.default_rng(0)
