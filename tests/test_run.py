@@ -488,16 +488,25 @@ def flag_list(args):
 
 @pytest.mark.parametrize(("file", "kind"), CASES)
 def test_stopped_and_killed_at_random_moments_and_resumed(file, kind, tmp_path):
-    """SIGTERM, then the printed command, SIGKILL, then resumed in this process."""
+    """SIGTERM, then the printed command, SIGKILL, then resumed in this process. The moments count
+    checkpoints, of which a run has 50, so that they do not depend on the machine's speed."""
     if file != "cql.py" and kind == "discrete":
         pytest.skip("the same code as with Box actions: once per file will do, cql.py does both")
     moments = random.Random(0)
-    flags = {"steps": 600, "log_every": 20, "eval_every": 40}
+    flags = {"steps": 1000, "log_every": 20, "eval_every": 40}
+
+    def some_checkpoints_later(process, path):
+        for _ in range(moments.randint(1, 8)):
+            seen = path.stat().st_mtime_ns
+            while process.poll() is None and path.stat().st_mtime_ns == seen:
+                time.sleep(0.001)
+        time.sleep(moments.uniform(0, 0.02))
+
     args = args_for(file, kind, "runs", **flags)
     process = start(tmp_path, ROOT / file, *flag_list(args))
     process.cwd = tmp_path
     folder = wait_for(process, "runs/*/checkpoint.pt")
-    time.sleep(moments.uniform(0, 0.3))
+    some_checkpoints_later(process, folder / "checkpoint.pt")
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 130, err
@@ -507,11 +516,8 @@ def test_stopped_and_killed_at_random_moments_and_resumed(file, kind, tmp_path):
     command = shlex.split(command.removeprefix("stopped; to go on: python "))
     assert command == [file, "--resume", f"runs/{folder.name}"]
 
-    seen = (folder / "checkpoint.pt").stat().st_mtime_ns
     process = start(tmp_path, ROOT / file, *command[1:])
-    while process.poll() is None and (folder / "checkpoint.pt").stat().st_mtime_ns == seen:
-        time.sleep(0.01)
-    time.sleep(moments.uniform(0, 0.3))
+    some_checkpoints_later(process, folder / "checkpoint.pt")
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=300)
     assert not (folder / "result.json").exists(), "too fast for this test: raise its steps"
