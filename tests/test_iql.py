@@ -439,6 +439,9 @@ def test_diagnose_measures_what_it_says(module):
         (w.sum() ** 2 / (w**2).sum() / 16).item(), rel=1e-4
     )
     assert metrics["nll"] == pytest.approx(small_nll(agent, batch), rel=1e-5)
+    agent.weights = torch.zeros_like  # all of them underflow
+    assert agent.diagnose(batch)["weight_ess"] == 0
+    del agent.weights
     agent.max_weight = w.median().item()
     assert agent.diagnose(batch)["weight_clipped"].item() == pytest.approx(9 / 16)
 
