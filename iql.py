@@ -1,68 +1,56 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch>=2.9", "numpy>=2.0", "gymnasium>=1.2", "minari[hdf5,hf]>=0.5.3",
+#   "pillow", "tyro>=0.9.3", "tqdm>=4.66"]
+# ///
 """Implicit Q-Learning (IQL): offline Q-learning that never asks for the value of an unseen action.
 
-A maximum of Q over actions picks exactly the critic's errors at actions that the data lack. IQL
-takes an upper expectile of Q over the actions of the data instead, with a value network V, and
-extracts the policy from that: behaviour cloning, weighted by the advantage.
+Q-learning backs up the largest Q(s', a). Offline that is often an action that the data lack, whose
+Q nothing corrects. IQL backs up V(s'), an upper expectile of Q over the actions in the data: the
+best that was seen, not the best that Q imagines. The policy is behaviour cloning in which an action
+counts exp(beta advantage) times.
 
-Paper: Kostrikov, Nair, Levine (2021), arXiv 2110.06169; [eq. n] is its numbering.
+  python iql.py                                  Pendulum, a return of about -145 in half a minute
+  python iql.py --dataset-id cartpole/mixed-v0   Discrete actions
+  python iql.py --dataset-id mujoco/hopper/medium-v0 --reward-scale return-range --expectile 0.7 \
+    --beta 3 --hidden 256 256 --lr 3e-4 --steps 1000000 --log-every 5000 --eval-every 50000
+                                                 MuJoCo, the paper's settings, hours
 
-One update is (1), (5), (3), (6), each with the networks as they are by then; s, a, r, s' are data:
-  (1) L_V  = mean[ |tau - 1(u < 0)| u^2 ],  u = min_j Q'_j(s, a) - V(s)                   [eq. 5]
-  (2) y    = r + gamma (1 - terminal) V(s')
-  (3) L_Q  = sum_j mean[ (Q_j(s, a) - y)^2 ]                                              [eq. 6]
-  (4) w    = min( exp(beta A), 100 ),  A = min_j Q'_j(s, a) - V(s)
-  (5) L_pi = -mean[ w log pi(a|s) ]                                                       [eq. 7]
-  (6) Q'   = (1 - polyak) Q' + polyak Q
-tau = 0.5 makes V the value of the behaviour, tau towards 1 that of the best actions in the data.
-Nothing flows from the policy into V or Q.
+An update, in the order of the code. s, a, r, s' are data; Q_1, Q_2 twin critics, Q' their lagging
+copies; [eq. n] is the paper's number:
+  (1) L_V  = mean |tau - 1(u < 0)| u^2,   u = min_j Q'_j(s, a) - V(s)                     [eq. 5]
+  (2) L_pi = -mean w log pi(a|s),         w = min(exp(beta u), 100), u with the new V     [eq. 7]
+  (3) L_Q  = sum_j mean (Q_j(s, a) - y)^2,  y = r + gamma (1 - terminal) V(s')            [eq. 6]
+  (4) Q'   = (1 - polyak) Q' + polyak Q
+tau = --expectile: 0.5 is the mean over the data's actions (V of the behaviour), towards 1 their
+maximum. Every gradient goes to the network on the left alone.
 
-pi is, for Box actions, a Gaussian of mean tanh(net(s)) and of a deviation free of s; it is not
-squashed, its samples are clipped. For Discrete actions it is categorical.
+pi is a Gaussian with mean tanh(net(s)) and a deviation that is the same in all states (Box; it is
+not squashed, its samples are clipped), or categorical (Discrete). With --online-steps the same
+update goes on, one per step in the environment, on the data and the new transitions alike.
 
-Symbols: tau = expectile, Q' = critic_target. N batch, O observation, A action
-size (Box) or number of actions (Discrete), E = 2 critics.
-
-Metrics: critic_loss (3), actor_loss (5), value_loss (1);
-on a sample of the data (online, of the new ones too), with the critics of (4): q_data = min_j
-Q(s, a), q_policy the same at the mode of pi, value = V(s), advantage = mean A, weight_clipped =
-share of weights at 100, weight_ess = (sum w)^2 / (N sum w^2) (1: plain behaviour cloning), nll =
--log pi(a|s), and action_distance from the mode of pi to a: RMS in units of [-1, 1], for Discrete
-the share of states where they differ.
-
-Online (--online-steps): afterwards the same update goes on, once per step in the environment, on
-the data and the new transitions alike. The end of the offline phase is evaluated in full; online,
-logs and evaluations wait for the end of an episode.
+Shapes: N batch, O observation, A action size (Box) or number of actions (Discrete).
 
 Differs from the paper:
   D1 Discrete actions are an addition; the equations are the same.
   D2 Layers start as torch's do, not orthogonal; the actor has no dropout (0.1 on Adroit there).
-  D3 With --online-steps the actor's learning rate is constant from the start; without, it falls to
-     0 along a cosine, as in the paper.
 
-Written from the paper; no code taken from elsewhere. Pendulum:
-
-  python iql.py
-
-On MuJoCo data, with the paper's settings (hours):
-
-  python iql.py --dataset-id mujoco/hopper/medium-v0 --reward-scale return-range --expectile 0.7 \
-    --beta 3 --hidden 256 256 --lr 3e-4 --steps 1000000 --log-every 5000 --eval-every 50000
+Paper: Kostrikov, Nair, Levine (2021), arXiv 2110.06169. Written from it; no code from elsewhere.
 """
 
-import csv
 import io
 import json
 import math
 import os
+import re
 import shlex
-import shutil
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from copy import deepcopy
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime
 from functools import partial
 from importlib.metadata import version
 from itertools import pairwise
@@ -82,183 +70,155 @@ from torch.distributions import Categorical, Independent, Normal
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
+__version__ = "2.0.0"
+
 
 @dataclass
 class Args:
     # Data and run
-    dataset_id: tuple[str, ...] = ("pendulum/mixed-v0",)
-    """Minari ids, mixed if several; built in {pendulum,cartpole}/{random,medium,expert,mixed}-v0"""
-    env_id: str | None = None
-    """Gymnasium environment for the evaluation; default: the one that the dataset names"""
-    seed: int = 0
-    """seed of the networks, the batches and the sampled actions"""
-    steps: int = 5_000
-    """gradient updates"""
-    online_steps: int = 0
-    """steps in the environment after that, with one update each"""
-    log_every: int = 250
-    """updates between two rows of metrics.csv, each with a checkpoint"""
-    eval_every: int = 1_000
-    """updates between two evaluations, a multiple of --log-every; 0: only the final one"""
-    eval_episodes: int = 100
-    """episodes of the final evaluation, a tenth of it along the way; 0: no evaluation"""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """auto: cuda where there is one, else cpu"""
-    out_dir: str = "runs"
-    """where the run's folder is made"""
-    resume: str | None = None
-    """folder of a run to go on with; takes all other flags from there"""
+    dataset_id: tuple[str, ...] = ("pendulum/mixed-v0",)  # Minari or built-in ids, mixed if several
+    env_id: str | None = None  # environment of the evaluation; default: the one of the dataset
+    seed: int = 0  # of the networks, the batches and the sampled actions
+    steps: int = 5_000  # gradient updates
+    online_steps: int = 0  # steps in the environment after that, with one update each
+    log_every: int = 250  # updates between two rows of metrics.csv, each with a checkpoint
+    eval_every: int = 1_000  # updates between two evaluations; 0: only the final one
+    eval_episodes: int = 100  # of the final evaluation, a tenth of it along the way; 0: none
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # of the data and the networks
+    out_dir: str = "runs"  # where the run's folder is made
+    resume: str | None = None  # folder of a run to go on with; takes all other flags from there
     # Optimisation
-    batch_size: int = 256
-    """transitions per update (N)"""
-    hidden: tuple[int, ...] = (128, 128)
-    """widths of the hidden layers, for example 256 256"""
-    lr: float = 1e-3
-    """learning rate of all networks"""
-    gamma: float = 0.99
-    """discount"""
-    polyak: float = 0.005
-    """rate of the target networks: Q' <- (1 - polyak) Q' + polyak Q"""
-    normalize_obs: bool = False
-    """standardise observations by the mean and deviation of the dataset"""
-    reward_scale: float | Literal["return-range"] = 0.1
-    """factor on the rewards in training; return-range: 1000 / (largest - smallest return)"""
-    reward_shift: float = 0.0
-    """added to the scaled rewards in training; changes the task where episodes can terminate"""
+    batch_size: int = 256  # N, transitions per update
+    hidden: tuple[int, ...] = (128, 128)  # widths of the hidden layers, for example 256 256
+    lr: float = 1e-3  # learning rate of all networks
+    gamma: float = 0.99  # discount
+    polyak: float = 0.005  # rate of the target networks: Q' <- (1 - polyak) Q' + polyak Q
+    normalize_obs: bool = False  # standardise observations by the dataset's mean and deviation
+    reward_scale: float | Literal["return-range"] = 0.1  # or 1000 / (largest - smallest return)
+    reward_shift: float = 0.0  # added to the scaled rewards; a new task where episodes terminate
     # IQL
-    expectile: float = 0.9
-    """tau in (1): 0.5 is the mean over the actions of the data, towards 1 their maximum"""
-    beta: float = 10.0
-    """beta in (4), inverse temperature: multiplies the advantage; 0: behaviour cloning"""
+    expectile: float = 0.9  # tau in (1): 0.5 is the mean over the data's actions, towards 1 the max
+    beta: float = 10.0  # in (2), inverse temperature: multiplies the advantage; 0: plain cloning
+
+
+def main(args: Args) -> dict:
+    """Trains offline, then online if asked to; returns what the folder's result.json has."""
+    args, state = start(args)  # state: the checkpoint of --resume, or None
+    data = Dataset(
+        args.dataset_id, args.normalize_obs, args.reward_scale, args.reward_shift, args.device
+    )
+    agent = Agent(data.units, args).to(args.device)
+    run = Run(args, data, agent, state)
+    for update in run.updates(args.steps):  # from the last checkpoint on, with a progress bar
+        metrics = agent.update(data.sample(args.batch_size))
+        run.log(update, metrics)
+    if args.online_steps:
+        finetune(run)
+    return run.finish()
+
+
+def finetune(run):
+    """The online phase. New transitions join the data and are drawn as often as those. Logs wait
+    for the ends of episodes, so that a resumed run meets the same ones."""
+    agent, data, args = run.agent, run.data, run.args
+    replay, last = Replay(run), args.steps + args.online_steps
+    for update in run.updates(last):
+        replay.step()  # one in the environment, with a sample of pi
+        metrics = agent.update(data.sample(args.batch_size))
+        if replay.ended or update == last:
+            run.log(update, metrics)
 
 
 class Agent(nn.Module):
-    """IQL. Only the networks know whether actions are Box or Discrete."""
+    """Only the four networks below know whether actions are Box or Discrete."""
 
-    has_density = True
     max_weight = 100.0
 
-    def __init__(self, data, args):
+    def __init__(self, units, args):
         super().__init__()
-        if not 0 < args.expectile < 1 or args.beta < 0:
-            raise UserError("--expectile must lie in (0, 1) and --beta must be at least 0")
-        self.args, self.units = args, data.units
-        discrete = self.units.discrete  # D1
-        Policy, Critic = (
-            (CategoricalPolicy, DiscreteCritic) if discrete else (GaussianPolicy, BoxCritic)
-        )
-        self.policy = Policy(self.units, args.hidden)
-        self.critic = Critic(self.units, args.hidden)
-        self.critic_target = Critic(self.units, args.hidden)
-        self.critic_target.load_state_dict(self.critic.state_dict())
-        self.value_net = MLP(1, self.units.obs_dim, *args.hidden, 1)
-        self.online = Online(data, args)
+        self.args, discrete = args, units.discrete  # D1
+        self.policy = (CategoricalPolicy if discrete else GaussianPolicy)(units, args.hidden)
+        self.critic = (DiscreteCritic if discrete else BoxCritic)(units, args.hidden)
+        self.critic_target = deepcopy(self.critic)
+        self.value_net = MLP(1, units.obs_dim, *args.hidden, 1)
         self.actor_optimizer = adam(self.policy.parameters(), args.lr)
         self.critic_optimizer = adam(self.critic.parameters(), args.lr)
         self.value_optimizer = adam(self.value_net.parameters(), args.lr)
-        self.optimizers = [self.actor_optimizer, self.critic_optimizer, self.value_optimizer]
-        self.schedule = None
-        if args.online_steps == 0:  # D3
-            self.schedule = CosineAnnealingLR(self.actor_optimizer, args.steps)
-            self.optimizers.append(self.schedule)
+        # As in the paper the actor's rate falls to 0 along a cosine, but not if it learns online.
+        decay = args.steps if args.online_steps == 0 else math.inf
+        self.actor_schedule = CosineAnnealingLR(self.actor_optimizer, decay)
+
+    def update(self, batch):
+        """(1) to (4), each with the networks as the ones before have left them. Returns metrics as
+        tensors: nothing waits for the device."""
+        with torch.no_grad():
+            q = self.critic_target(batch.obs, batch.action).min(0).values  # (N,)
+        value_loss = self.value_loss(batch, q)  # (1)
+        step(self.value_optimizer, value_loss)
+
+        with torch.no_grad():
+            advantage = q - self.value(batch.obs)
+        actor_loss = self.actor_loss(batch, advantage)  # (2)
+        step(self.actor_optimizer, actor_loss)
+        self.actor_schedule.step()
+
+        critic_loss = self.critic_loss(batch)  # (3)
+        step(self.critic_optimizer, critic_loss)
+        polyak_update(self.critic_target, self.critic, self.args.polyak)  # (4)
+        return {"value_loss": value_loss, "actor_loss": actor_loss, "critic_loss": critic_loss}
 
     def value(self, obs):
         """V(s): obs (N, O) -> (N,)."""
         return self.value_net(obs)[0, :, 0]
 
     def value_loss(self, batch, q):
-        """(1) for q (N,): V goes to the expectile of Q over the actions of the data."""
+        """(1): V goes to the expectile of q (N,) over the actions that the data have in a state."""
         u = q - self.value(batch.obs)
         assert u.shape == batch.reward.shape
         return ((self.args.expectile - (u < 0).float()).abs() * u**2).mean()
 
-    def critic_loss(self, batch, q):
-        """(3) for q (2, N): the mean over s' is Q's, the expectile over actions is V's."""
-        with torch.no_grad():
-            next_v = self.value(batch.next_obs)
-            y = batch.reward + self.args.gamma * (1 - batch.terminal) * next_v
-        td_error = q - y
-        assert td_error.shape == (2, *batch.reward.shape)
-        return (td_error**2).mean(1).sum()
-
     def weights(self, advantage):
-        """(4), clipped before exp: no infinity arises."""
+        """w in (2), clipped before exp: no infinity arises."""
         return (self.args.beta * advantage).clamp(max=math.log(self.max_weight)).exp()
 
-    def actor_loss(self, batch, pi, advantage):
-        """(5) for pi at the states and advantage (N,), a constant: weighted behaviour cloning."""
-        log_prob = pi.log_prob(batch.action)
+    def actor_loss(self, batch, advantage):
+        """(2): behaviour cloning, weighted by the advantage (N,), a constant."""
+        log_prob = self.policy(batch.obs).log_prob(batch.action)
         assert log_prob.shape == advantage.shape == batch.reward.shape
         return -(self.weights(advantage) * log_prob).mean()
 
-    def update(self, batch):
-        """One gradient step. Returns metrics as tensors: nothing waits for the device."""
+    def critic_loss(self, batch):
+        """(3): Q takes the mean over s', where luck is; only V takes the expectile, over a."""
         with torch.no_grad():
-            q = self.critic_target(batch.obs, batch.action).min(0).values
-        value_loss = self.value_loss(batch, q)
-        step(self.value_optimizer, value_loss)
-        with torch.no_grad():
-            advantage = q - self.value(batch.obs)
-        actor_loss = self.actor_loss(batch, self.policy(batch.obs), advantage)
-        step(self.actor_optimizer, actor_loss)
-        if self.schedule:
-            self.schedule.step()
-        critic_loss = self.critic_loss(batch, self.critic(batch.obs, batch.action))
-        step(self.critic_optimizer, critic_loss)
-        polyak_update(self.critic_target, self.critic, self.args.polyak)
-        return {"value_loss": value_loss, "actor_loss": actor_loss, "critic_loss": critic_loss}
+            y = batch.reward + self.args.gamma * (1 - batch.terminal) * self.value(batch.next_obs)
+        td_error = self.critic(batch.obs, batch.action) - y
+        assert td_error.shape == (2, *batch.reward.shape)
+        return (td_error**2).mean(1).sum()
+
+    def act(self, obs, deterministic=True):
+        """Actions (N, A) or (N,): the mode of pi, or a sample."""
+        pi = self.policy(obs)
+        return pi.mode if deterministic else pi.sample()
 
     def diagnose(self, batch):
-        """How Q, V and the policy stand to the data."""
-        pi = self.policy(batch.obs)
+        """Metrics on a fixed sample of the data, as tensors."""
+        pi, value = self.policy(batch.obs), self.value(batch.obs)
         q_data = self.critic_target(batch.obs, batch.action).min(0).values
-        q_policy = self.critic_target(batch.obs, pi.mode).min(0).values
-        value = self.value(batch.obs)
         w = self.weights(q_data - value)
         return {
-            "q_data": q_data.mean(),
-            "q_policy": q_policy.mean(),
+            "q_data": q_data.mean(),  # min_j Q'_j(s, a)
+            "q_policy": self.critic_target(batch.obs, pi.mode).min(0).values.mean(),
             "value": value.mean(),
             "advantage": (q_data - value).mean(),
-            "weight_clipped": (w > 0.999 * self.max_weight).float().mean(),
-            "weight_ess": w.mean() ** 2 / (w**2).mean().clamp(min=1e-37),
+            "weight_clipped": (w > 0.999 * self.max_weight).float().mean(),  # share of weights
+            "weight_ess": w.mean() ** 2 / (w**2).mean().clamp(min=1e-37),  # 1: plain cloning
             "nll": -pi.log_prob(batch.action).mean(),
             "action_distance": self.policy.distance(pi.mode, batch.action),
         }
 
-    def health(self, metrics, data):
-        milder, greedier = "Lower --beta.", "Raise --beta."
-        advice = "Lower --expectile or --lr.", "Lower --lr."
-        line = q_health(metrics, data, self.args.gamma, *advice)
-        clipped, ess = metrics["weight_clipped"], metrics["weight_ess"]
-        line += f"; {clipped:.0%} of the weights clipped, effective sample {ess:.1%}"
-        if ess < 0.02:
-            return f"{line}: the policy copies few transitions. {milder}"
-        if clipped > 0.1:
-            return f"{line}: the clip hides which of them are best. {milder}"
-        return f"{line}: nearly behaviour cloning. {greedier}" if ess > 0.99 else line
-
-    @torch.no_grad()
-    def act(self, obs, deterministic=True):
-        """Raw observations (N, ...) -> environment actions (N, ...), pi's mode or a sample."""
-        pi = self.policy(self.units.obs(obs))
-        return self.units.env_action(pi.mode if deterministic else pi.sample())
-
-    @torch.no_grad()
-    def log_prob(self, obs, action):
-        """log pi(a|s) (N,) of raw observations and environment actions (N, ...), in their units."""
-        log_prob = self.policy(self.units.obs(obs)).log_prob(self.units.action(action))
-        return log_prob if self.units.discrete else log_prob - self.units.half_range.log().sum()
-
-    @torch.no_grad()
-    def probabilities(self, obs):
-        """Raw observations (N, ...) -> (N, A), Discrete actions only."""
-        return self.policy(self.units.obs(obs)).probs
-
 
 class GaussianPolicy(nn.Module):
-    """pi(.|s) for Box actions: obs (N, O) -> a distribution over actions (N, A). Not squashed: what
-    leaves [-1, 1] is clipped on its way to the environment."""
+    """pi(.|s) for Box actions: obs (N, O) -> a distribution over actions (N, A), not squashed."""
 
     def __init__(self, units, hidden):
         super().__init__()
@@ -266,11 +226,11 @@ class GaussianPolicy(nn.Module):
         self.log_std = nn.Parameter(torch.zeros(units.action_dim))
 
     def forward(self, obs):
-        mean, std = self.net(obs)[0].tanh(), self.log_std.clamp(-5, 2).exp()
-        return Independent(Normal(mean, std, validate_args=False), 1, validate_args=False)
+        return Independent(Normal(self.net(obs)[0].tanh(), self.log_std.clamp(-5, 2).exp()), 1)
 
     @staticmethod
     def distance(action, other):
+        """RMS, in units of [-1, 1]."""
         return ((action - other) ** 2).mean().sqrt()
 
 
@@ -282,10 +242,11 @@ class CategoricalPolicy(nn.Module):
         self.net = MLP(1, units.obs_dim, *hidden, units.action_dim)
 
     def forward(self, obs):
-        return Categorical(logits=self.net(obs)[0], validate_args=False)
+        return Categorical(logits=self.net(obs)[0])
 
     @staticmethod
     def distance(action, other):
+        """Share of states where they differ."""
         return (action != other).float().mean()
 
 
@@ -311,36 +272,45 @@ class DiscreteCritic(nn.Module):
         return torch.stack([pick(q, action) for q in self.net(obs)])
 
 
+def health(metrics, data, args):
+    """q_health, and what the weights of (2) say."""
+    advice = "Lower --expectile or --lr.", "Lower --lr."
+    line = q_health(metrics, data, args.gamma, *advice)
+    clipped, ess = metrics["weight_clipped"], metrics["weight_ess"]
+    line += f"; {clipped:.0%} of the weights clipped, effective sample {ess:.1%}"
+    if ess < 0.02:
+        return f"{line}: the policy copies few transitions. Lower --beta."
+    if clipped > 0.1:
+        return f"{line}: the clip hides which of them are best. Lower --beta."
+    return f"{line}: nearly behaviour cloning. Raise --beta." if ess > 0.99 else line
+
+
 # ---- Plumbing, the same in every file: a reader of the method can stop here ----
 
+ALGORITHM = Path(__file__).stem
+adam = partial(torch.optim.Adam, fused=True)
 
-# >>> shared: optim   (the same in every file; tests/test_copies.py keeps it so)
+
 class MLP(nn.Module):
-    """ReLU networks side by side, one batched product per layer: x (N, I), the same for all, or
-    (members, N, I) -> (members, N, O)."""
+    """Networks side by side: x (N, I) for all, or (members, N, I) -> (members, N, O)."""
 
-    def __init__(self, members, *sizes):
+    def __init__(self, members, *sizes, activation=torch.relu_):
         super().__init__()
+        self.activation = activation
         self.weight, self.bias = nn.ParameterList(), nn.ParameterList()
         for i, o in pairwise(sizes):  # initialised as torch.nn.Linear
             self.weight.append(torch.empty(members, i, o).uniform_(-(i**-0.5), i**-0.5))
             self.bias.append(torch.empty(members, 1, o).uniform_(-(i**-0.5), i**-0.5))
 
     def forward(self, x):
-        *hidden, (last_weight, last_bias) = zip(self.weight, self.bias, strict=True)
-        x = x.expand(len(last_weight), *x.shape[-2:])
-        for weight, bias in hidden:
-            x = torch.baddbmm(bias, x, weight).relu_()
-        return torch.baddbmm(last_bias, x, last_weight)
-
-
-def adam(parameters, lr):
-    return torch.optim.Adam(list(parameters), lr=lr, fused=True)
+        x = x.expand(len(self.bias[0]), *x.shape[-2:])
+        for layer, (weight, bias) in enumerate(zip(self.weight, self.bias, strict=True)):
+            x = torch.baddbmm(bias, self.activation(x) if layer else x, weight)
+        return x
 
 
 def step(optimizer, loss):
-    """One gradient step. Only the optimiser's own parameters get gradients: an actor's loss leaves
-    none in the critic, and no time is spent on them."""
+    """One gradient step; an actor's loss leaves no gradients in the critic that it goes through."""
     parameters = optimizer.param_groups[0]["params"]
     for p, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
         p.grad = gradient
@@ -359,17 +329,25 @@ def pick(values, index):
     return values.gather(1, index[:, None])[:, 0]
 
 
-# <<< shared: optim
-
-
-# >>> shared: data   (the same in every file; tests/test_copies.py keeps it so)
 class UserError(Exception):
     """Bad input, or a run that has to stop: one line on what is wrong, where, and what to do."""
 
 
+@contextmanager
+def blaming(what):
+    """Whatever goes wrong inside, here or in a library, becomes one line that begins with what."""
+    try:
+        yield
+    except Exception as error:
+        reason = error if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        raise UserError(" ".join(f"{what}: {reason}".split())[:500]) from error
+
+
+# ---- Data ----
+
+
 class Batch(NamedTuple):
-    """N transitions in network units (Units). terminal is 1.0 where the MDP ended, and only there:
-    a time limit (truncation) bootstraps."""
+    """N transitions in network units. terminal is 1.0 where the MDP ended, not at a time limit."""
 
     obs: torch.Tensor  # (N, O) float32
     action: torch.Tensor  # (N, A) float32 in [-1, 1], or (N,) int64 from 0
@@ -379,18 +357,21 @@ class Batch(NamedTuple):
 
 
 class Units(nn.Module):
-    """Translates between the environment's units and the networks'. Its buffers are saved with the
-    agent, so that nobody who uses the trained policy can forget them."""
+    """Translates the environment's units to the networks' and back; saved with the policy."""
 
     def __init__(self, observation_space, action_space):
         super().__init__()
         self.observation_space, self.action_space = observation_space, action_space
+        self.obs_dim, self.action_dim = map(spaces.flatdim, (observation_space, action_space))
         self.discrete = isinstance(action_space, spaces.Discrete)
-        self.obs_dim = spaces.flatdim(observation_space)
-        self.action_dim = int(action_space.n) if self.discrete else math.prod(action_space.shape)
+        box = isinstance(action_space, spaces.Box) and action_space.dtype.kind == "f"
+        box = box and action_space.is_bounded() and (action_space.low < action_space.high).all()
+        if not (box or self.discrete):
+            what = "actions must be Discrete or a Box of floats with finite bounds"
+            raise UserError(f"{what}, not {action_space}")
+        low, high = (0, 1) if self.discrete else (action_space.low, action_space.high)
         self.register_buffer("obs_mean", torch.zeros(self.obs_dim))
         self.register_buffer("obs_std", torch.ones(self.obs_dim))
-        low, high = (0, 1) if self.discrete else (action_space.low, action_space.high)
         self.register_buffer("center", self.tensor((low + high) / 2.0).flatten())
         self.register_buffer("half_range", self.tensor((high - low) / 2.0).flatten())
 
@@ -398,9 +379,14 @@ class Units(nn.Module):
         return torch.as_tensor(np.asarray(x), dtype=torch.float32, device=self.obs_mean.device)
 
     def obs(self, obs):
-        """(N, ...) -> (N, O), standardised. Dict and Tuple as rows that gymnasium.spaces.flatten
-        made with self.observation_space: an environment may order its keys otherwise."""
-        return (self.tensor(obs).reshape(len(obs), self.obs_dim) - self.obs_mean) / self.obs_std
+        """(N, ...) -> (N, O), standardised. Dict and Tuple as rows of gymnasium.spaces.flatten."""
+        obs = self.tensor(obs)
+        if obs.ndim < 2 or math.prod(obs.shape[1:]) != self.obs_dim:
+            needed = f"(N, ...) with {self.obs_dim} numbers each"
+            raise UserError(f"observations of shape {tuple(obs.shape)} given, needed are {needed}")
+        if not obs.isfinite().all():
+            raise UserError("an observation is NaN or infinite")
+        return (obs.flatten(1) - self.obs_mean) / self.obs_std
 
     def action(self, action):
         """Environment actions (N, ...) -> (N, A) in [-1, 1], or (N,) int64 from 0."""
@@ -411,54 +397,28 @@ class Units(nn.Module):
 
     def env_action(self, action):
         """The inverse of `action`: an array (N, ...) for env.step."""
+        space = self.action_space
         if self.discrete:
-            return action.cpu().numpy() + self.action_space.start
+            return action.cpu().numpy() + space.start
         action = (self.center + action * self.half_range).cpu().numpy()
-        action = action.reshape(-1, *self.action_space.shape)
-        return action.clip(self.action_space.low, self.action_space.high)
+        return action.reshape(-1, *space.shape).clip(space.low, space.high)
 
 
-@dataclass
-class Data:
-    """M transitions on the device, episode after episode."""
+class Policy(nn.Module):
+    """An agent, which speaks network units, in those of the environment: what is evaluated, saved
+    and deployed."""
 
-    units: Units
-    all: Batch | None = None  # of M transitions
-    episode: torch.Tensor | None = None  # (M,) int64, the episode of each transition
-    train: torch.Tensor | None = None  # (M,) int64, the transitions that `sample` draws from
-    behavior_log_prob: np.ndarray | None = None  # (M,) float64, as logged; NaN where it was not
-    returns: np.ndarray | None = None  # (episodes,) undiscounted raw returns
-    reward_scale: float = 1.0
-    reward_shift: float = 0.0
-    reference: tuple | None = None  # raw returns that score 0 and 100
-    make_env: Callable | None = None  # for the evaluation; None without an environment
+    def __init__(self, agent, units):
+        super().__init__()
+        self.agent, self.units = agent, units
 
-    def batch(self, index):
-        return Batch(*(x[index] for x in self.all))
-
-    def sample(self, n):
-        index = torch.randint(len(self.train), (n,), device=self.train.device)
-        return self.batch(self.train[index])
-
-    def discounted_returns(self, gamma):
-        """(M,) discounted sum of the rewards from each transition to the end of its episode."""
-        reward, episode = self.all.reward.tolist(), [*self.episode.tolist(), -1]
-        returns = [0.0] * len(episode)
-        for t in reversed(range(len(reward))):
-            returns[t] = reward[t] + gamma * returns[t + 1] * (episode[t] == episode[t + 1])
-        return np.array(returns[:-1])
+    @torch.no_grad()
+    def act(self, obs, deterministic=True):
+        """Raw observations (N, ...) -> actions (N, ...) for env.step."""
+        return self.units.env_action(self.agent.act(self.units.obs(obs), deterministic))
 
 
-BUILTIN = {  # probability of a uniformly random action; None: drawn from U(0, 1) for each episode
-    "pendulum/random-v0": 1.0,
-    "pendulum/medium-v0": 0.6,
-    "pendulum/expert-v0": 0.0,
-    "pendulum/mixed-v0": None,
-    "cartpole/random-v0": 1.0,
-    "cartpole/medium-v0": 0.3,
-    "cartpole/expert-v0": 0.0,
-    "cartpole/mixed-v0": None,
-}
+QUALITIES = {"random": 1.0, "medium": 0.6, "expert": 0.0, "mixed": None}  # eps; None: drawn anew
 
 
 def scripted_action(dataset_id, obs):
@@ -475,16 +435,21 @@ def scripted_action(dataset_id, obs):
 
 
 def builtin_dataset(dataset_id):
-    """20,000 transitions (the last episode complete), the same in every run, but for the last bits
-    of another CPU's sines: a scripted controller that acts uniformly at random with probability
-    eps. CartPole's log the probability of their actions; Pendulum's policy, part point mass, has no
-    density. Returns what open_dataset returns."""
-    cartpole = dataset_id.startswith("cartpole")
+    """20,000 transitions (the last episode complete), always the same, of a scripted controller
+    that acts at random with probability eps, which cartpole/0.35-v0 states as a number: (episodes,
+    (observation space, action space), make_env or None, reference or None). The actions of CartPole
+    have a probability, which is logged."""
+    known = re.fullmatch(rf"(?:pendulum|cartpole)/({'|'.join(QUALITIES)}|0\.\d+)-v0", dataset_id)
+    if not known:
+        what = f"{{pendulum,cartpole}}/{{{','.join(QUALITIES)}}}-v0 and, by their noise, 0.35-v0"
+        raise UserError(f"not on disk, and not built in, as are {what}")
+    noise = QUALITIES[known[1]] if known[1] in QUALITIES else float(known[1])
+    noise = 0.3 if dataset_id == "cartpole/medium-v0" else noise
+    rng, episodes, cartpole = np.random.default_rng(0), [], dataset_id.startswith("cartpole")
     make_env = partial(gym.make, "CartPole-v1" if cartpole else "Pendulum-v1")
-    env, rng = make_env(disable_env_checker=True), np.random.default_rng(0)
-    episodes, size = [], 0
-    while size < 20_000:
-        eps = rng.uniform() if BUILTIN[dataset_id] is None else BUILTIN[dataset_id]
+    env = make_env(disable_env_checker=True)
+    while sum(len(episode.actions) for episode in episodes) < 20_000:
+        eps = rng.uniform() if noise is None else noise
         obs, rows, ended = [env.reset(seed=len(episodes))[0]], [], False
         while not ended:
             action = scripted = scripted_action(dataset_id, obs[-1])
@@ -498,326 +463,285 @@ def builtin_dataset(dataset_id):
         *columns, log_probs = (np.array(column) for column in zip(*rows, strict=True))
         infos = {"behavior_log_prob": log_probs} if cartpole else {}
         episodes.append(EpisodeBuffer(None, None, None, np.array(obs), *columns, infos))
-        size += len(rows)
     reference = (22.0, 500.0) if cartpole else (-1230.0, -146.0)  # random actions, the controller
-    return episodes, env.observation_space, env.action_space, make_env, reference
+    return episodes, (env.observation_space, env.action_space), make_env, reference
 
 
 def open_dataset(dataset_id):
-    """(episodes, observation space, action space, make_env or None, reference or None)."""
-    root = Path(os.environ.get("MINARI_DATASETS_PATH", "~/.minari/datasets")).expanduser()
+    """A Minari dataset from disk, else a built-in one, else from the hub: what builtin_dataset
+    returns."""
+    root = minari.storage.get_dataset_path()
     folder = root / dataset_id / "data"
-    if dataset_id in BUILTIN and not folder.exists():
-        print(f"{dataset_id}: built in, generated in memory")
-        return builtin_dataset(dataset_id)
-    if dataset_id.split("/")[0] in ("pendulum", "cartpole") and not folder.exists():
-        raise UserError(f"dataset {dataset_id}: unknown; built in are {', '.join(BUILTIN)}")
-    if not (folder.exists() or dataset_id.rpartition("-v")[2].isdigit()):
-        raise UserError(f"dataset {dataset_id}: the id needs a version, as in {dataset_id}-v0")
-    try:
-        if not folder.exists():
-            print(f"{dataset_id}: not in {root}, downloading")
-            minari.download_dataset(dataset_id)
-        dataset = minari.load_dataset(dataset_id)
-        episodes = list(dataset.iterate_episodes())
-    except Exception as error:  # Minari and its backends raise anything from KeyError to OSError
-        reason = f"{type(error).__name__}: {error}".split("\n")[0]
-        raise UserError(
-            f"dataset {dataset_id}: cannot be loaded ({reason}); to install it by hand, put its "
-            f"metadata.json and main_data.hdf5 into {folder}"
-        ) from error
+    if not folder.exists():
+        if dataset_id.startswith(("pendulum/", "cartpole/")):
+            print(f"{dataset_id}: built in")
+            return builtin_dataset(dataset_id)
+        if not dataset_id.rpartition("-v")[2].isdigit():
+            raise UserError(f"the id needs a version, as in {dataset_id}-v0")
+        others = sorted(str(x.parent.relative_to(root)) for x in root.glob("**/data"))
+        there = f"{root}, which has {', '.join(others) or 'none'}"
+        print(f"{dataset_id}: not in {there}; asking the hub", flush=True)
+    with blaming(f"to install it by hand, put metadata.json and main_data.hdf5 into {folder}"):
+        dataset = minari.load_dataset(dataset_id, download=True)
     print(f"{dataset_id}: read from {root}")
-    # The evaluation maze of AntMaze's umaze sets is turned by 180 degrees against that of the data.
-    eval_env = "antmaze/umaze" not in dataset_id
-    make_env = dataset.env_spec and partial(dataset.recover_environment, eval_env=eval_env)
+    # AntMaze's umaze: the maze of the evaluation is turned by 180 degrees against the data's.
+    make_env = partial(dataset.recover_environment, eval_env="antmaze/umaze" not in dataset_id)
     reference = [dataset.storage.metadata.get(f"ref_{end}_score") for end in ("min", "max")]
     known = None not in reference and reference[0] != reference[1]
     reference = tuple(map(float, reference)) if known else None
-    return episodes, dataset.observation_space, dataset.action_space, make_env, reference
+    its_spaces = dataset.observation_space, dataset.action_space
+    return dataset, its_spaces, dataset.env_spec and make_env, reference
 
 
-def check_spaces(observation_space, action_space, where):
-    """Box and Discrete; as observations also Dict and Tuple of these."""
-    if isinstance(observation_space, spaces.Dict | spaces.Tuple):
-        for key in part_keys(observation_space):
-            check_spaces(observation_space[key], action_space, where)
-    elif not isinstance(observation_space, spaces.Box | spaces.Discrete):
-        raise UserError(f"{where}: observations of {observation_space} are not supported")
-    elif observation_space.dtype == np.uint8 and len(observation_space.shape) > 1:
-        raise UserError(f"{where}: image observations are not supported; store features instead")
-    box = isinstance(action_space, spaces.Box) and action_space.dtype.kind == "f"
-    if not (box or isinstance(action_space, spaces.Discrete)):
-        raise UserError(f"{where}: actions of {action_space} are not supported")
-    if box and not (action_space.is_bounded() and (action_space.low < action_space.high).all()):
-        raise UserError(f"{where}: {action_space} has no finite bounds to scale actions by")
-
-
-def part_keys(space):
-    return list(space.spaces) if isinstance(space, spaces.Dict) else range(len(space.spaces))
-
-
-def flatten(space, x, where):
+def flatten(space, x):
     """Observations (T, ...) of an episode -> (T, O), in the order of gymnasium.spaces.flatten."""
     if isinstance(space, spaces.Dict | spaces.Tuple):
-        keys = part_keys(space)
-        found = list(x) if isinstance(x, dict) else range(len(x)) if isinstance(x, tuple) else []
-        if set(found) != set(keys):
-            raise UserError(f"{where}: its observations do not have the parts of {space}")
-        parts = [flatten(space[k], x[k], where) for k in keys]
-        if len({len(part) for part in parts}) > 1:
-            raise UserError(f"{where}: the parts of its observations differ in length")
-        return np.concatenate(parts, axis=1)
+        parts = space.items() if isinstance(space, spaces.Dict) else enumerate(space)
+        return np.concatenate([flatten(part, x[key]) for key, part in parts], 1)
     x = np.asarray(x)
-    if x.shape[1:] != space.shape or x.dtype.kind not in "biuf":
-        found = f"shape {x.shape[1:]} and type {x.dtype}"
-        raise UserError(f"{where}: observations of {found} do not fit {space}")
     if isinstance(space, spaces.Discrete):
-        inside = np.isin(x, np.arange(space.n) + space.start)  # False for 0.5 and NaN
-        if not inside.all():
-            raise UserError(f"{where}: step {inside.argmin()}: the observation is not in {space}")
-        return np.eye(space.n)[x.astype(np.int64) - space.start]
-    return x.reshape(len(x), -1)
+        one_hot = x[:, None] == np.arange(space.n) + space.start
+        if not one_hot.any(1).all():
+            raise UserError(f"step {one_hot.any(1).argmin()}: the observation is not in {space}")
+        return one_hot.astype(np.float32)
+    if not isinstance(space, spaces.Box) or (space.dtype == np.uint8 and len(space.shape) > 1):
+        raise UserError(f"observations of {space} are not supported; images: store features")
+    if x.shape[1:] != space.shape or x.dtype.kind not in "biuf":
+        raise UserError(f"{x.dtype} observations of shape {x.shape[1:]} are not of {space}")
+    return x.astype(np.float32).reshape(len(x), -1)
 
 
-def read_episode(episode, observation_space, action_space, where):
-    """Checks what Minari does not; returns obs (T + 1, O), action (T, ...), reward, terminal and
-    behavior_log_prob (T,) as arrays."""
-
-    def check(ok, problem):
-        if not ok:
-            raise UserError(f"{where}: {problem}")
-
-    def check_steps(ok, problem):
-        bad = np.argwhere(~ok)  # each row starts with the step
-        check(len(bad) == 0, f"step {bad[:1, :1].sum()}: {problem}")
-
-    obs = flatten(observation_space, episode.observations, where).astype(np.float32)
-    action, reward = np.asarray(episode.actions), np.asarray(episode.rewards)
-    terminal, truncated = (np.asarray(x) for x in (episode.terminations, episode.truncations))
-    log_prob = (episode.infos or {}).get("behavior_log_prob")
-    T = len(action)
+def read_episode(episode, observation_space, action_space):
+    """Obs (T + 1, O), action (T, ...), reward, terminal, behavior_log_prob (T,), all checked."""
+    T, log_prob = len(episode.actions), (episode.infos or {}).get("behavior_log_prob")
     log_prob = np.full(T, np.nan) if log_prob is None else np.asarray(log_prob)
-    check(T > 0, "it has no steps")
-    check(
-        len(obs) == T + 1, f"{len(obs)} observations for {T} actions, one more is needed: the last"
-    )
-    named = {"rewards": reward, "terminations": terminal, "truncations": truncated}
-    for name, x in named.items():
-        check(
-            x.shape == (T,) and x.dtype.kind in "biuf",
-            f"{name} must be {T} numbers, one per action",
-        )
-    check(
-        log_prob.shape in ((T,), (T + 1,)) and log_prob.dtype.kind in "iuf",
-        f"infos['behavior_log_prob'] must be {T} numbers, one per action",
-    )
-    for name in ("terminations", "truncations"):
-        check_steps(np.isin(named[name], (0, 1)), f"{name} must be True or False")
-    check_steps(np.isfinite(obs), "the observation is NaN or infinite")
-    check_steps(np.isfinite(reward), "the reward is NaN or infinite")
+    log_prob = log_prob[1:] if len(log_prob) == T + 1 else log_prob  # Minari's row of the reset
+    columns = episode.actions, episode.rewards, episode.terminations, episode.truncations, log_prob
+    action, reward, terminal, truncated, log_prob = columns = [np.asarray(x) for x in columns]
+    obs, shapes = flatten(observation_space, episode.observations), [x.shape for x in columns]
+    if not T or len(obs) != T + 1 or shapes != [(T, *action_space.shape), *4 * [(T,)]]:
+        names = "actions, rewards, terminations, truncations and behavior_log_prob have shapes"
+        raise UserError(f"{len(obs)} observations need T = {len(obs) - 1}; {names} {shapes}")
+    if any(x.dtype.kind not in "biuf" for x in columns):
+        raise UserError("actions, rewards, terminations and truncations must be plain numbers")
     if isinstance(action_space, spaces.Discrete):
-        check(action.shape == (T,) and action.dtype.kind in "iu", f"actions must be {T} integers")
-        low, high, slack = action_space.start, action_space.start + action_space.n - 1, 0
+        inside = np.isin(action, np.arange(action_space.n) + action_space.start)
     else:
-        shape = (T, *action_space.shape)
-        found = f"shape {action.shape} and type {action.dtype}"
-        check(
-            action.shape == shape and action.dtype.kind in "iuf",
-            f"actions of {found}, not of shape {shape} and numbers",
-        )
-        low, high = action_space.low, action_space.high
-        slack = 1e-3 * (high - low)  # rounding; Units clips it away
-    inside = (action >= low - slack) & (action <= high + slack)  # False for NaN
-    check_steps(inside, f"the action is not in {action_space}")
-    ended = (terminal + truncated) > 0
-    check(ended[-1], "the last step is neither terminated nor truncated; where a log just stops, "
-          "set truncations[-1] = True")  # fmt: skip
-    check_steps(~ended[:-1], "the episode ends here and yet goes on; split it in two")
-    return obs, action, reward, terminal, log_prob[-T:]
+        slack = 1e-3 * (action_space.high - action_space.low)  # rounding; Units clips it away
+        inside = (action >= action_space.low - slack) & (action <= action_space.high + slack)
+    ended, last = (terminal != 0) | (truncated != 0), np.arange(T) == T - 1
+    for ok, problem in (
+        (np.isfinite(obs), "the observation is NaN or infinite"),
+        (np.abs(reward) < 1e30, "the reward is NaN, infinite or beyond 1e30"),
+        (inside, f"the action is not in {action_space}"),
+        (np.isin(terminal, (0, 1)) & np.isin(truncated, (0, 1)), "the end flags must be 0 or 1"),
+        (ended | ~last, "the end is neither terminated nor truncated; set truncations[-1] = True"),
+        (last | ~ended, "the episode ends here and yet goes on; split it in two"),
+    ):
+        if not ok.all():
+            raise UserError(f"step {np.argwhere(~ok)[0][0]}: {problem}")
+    return obs, action, reward.astype(np.float64), terminal != 0, log_prob.astype(np.float64)
 
 
-def load_dataset(dataset_id, env_id, normalize_obs, reward_scale, reward_shift, device):
-    """Minari ids (a tuple) -> Data. Everything is checked; a UserError names dataset, episode and
-    step. Nothing is dropped: T + 1 observations make T transitions, the last with its true s'."""
-    rows, sources = [], [open_dataset(name) for name in dataset_id]
-    _, observation_space, action_space, make_env, reference = sources[0]
-    for name, (episodes, *its_spaces, _, its_reference) in zip(dataset_id, sources, strict=True):
-        check_spaces(*its_spaces, f"dataset {name}")
-        if its_spaces != [observation_space, action_space]:
-            raise UserError(f"dataset {name}: its spaces are not those of {dataset_id[0]}")
-        reference = reference if its_reference == reference else None
-        for number, episode in enumerate(episodes):
-            where = f"dataset {name}, episode {number}"
-            rows.append(read_episode(episode, observation_space, action_space, where))
-    if not rows:
-        raise UserError(f"dataset {dataset_id[0]}: it has no episodes")
-    obs, action, reward, terminal, log_prob = zip(*rows, strict=True)
-    lengths, returns = [len(r) for r in reward], np.array([r.sum() for r in reward])
-    range_ = f"{returns.mean():.1f} on average, {returns.min():.1f} to {returns.max():.1f}"
-    print(f"{sum(lengths)} transitions in {len(rows)} episodes, return {range_}")
-    if reward_scale == "return-range":
-        reward_scale = 1000 / (np.ptp(returns) or 1000)
-        print(f"--reward-scale return-range is {reward_scale:.4g}; 1 where all returns are equal")
-
-    units = Units(observation_space, action_space)
-    s, next_s = (np.concatenate(x) for x in zip(*((o[:-1], o[1:]) for o in obs), strict=True))
-    if normalize_obs:
-        units.obs_mean = units.tensor(s.mean(0, dtype=np.float64))
-        units.obs_std = units.tensor(s.std(0, dtype=np.float64) + 1e-3)
-    a, r, d = np.concatenate(action), np.concatenate(reward), units.tensor(np.concatenate(terminal))
-    r = units.tensor(r * reward_scale + reward_shift)
-    batch = Batch(units.obs(s), units.action(a), r, units.obs(next_s), d)
-    if units.discrete and (unused := set(range(units.action_dim)) - set(batch.action.tolist())):
-        print(f"note: actions {sorted(unused)} (counted from 0) never occur in the data")
-    return Data(
-        units=units.to(device),
-        all=Batch(*(x.to(device) for x in batch)),
-        episode=torch.arange(len(rows)).repeat_interleave(torch.tensor(lengths)).to(device),
-        train=torch.arange(len(r), device=device),
-        behavior_log_prob=np.concatenate(log_prob),
-        returns=returns,
-        reward_scale=reward_scale,
-        reward_shift=reward_shift,
-        reference=reference,
-        make_env=find_env(make_env, env_id, units, max(lengths)),
-    )
+def split_id(name):
+    """mylab/logs-v0[:80%] -> the id, and where the part begins and ends, in percent of the stored
+    episodes."""
+    part = re.fullmatch(r"(.*?)(?:\[(?:(\d+)%)?:(?:(\d+)%)?\])?", name)
+    first, last = int(part[2] or 0), int(part[3] or 100)
+    if "[" in part[1] or not first < last <= 100:
+        raise UserError("a part is written in whole percent, as [:80%] or [80%:]")
+    return part[1], first, last
 
 
-def find_env(make_env, env_id, units, longest):
-    """The evaluation's environment: --env-id, else the dataset's, else None with the reason."""
-    make_env = partial(gym.make, env_id) if env_id else make_env
-    if make_env is None:
+class Dataset:
+    """M transitions of one or more Minari datasets on the device, episode after episode. Nothing is
+    dropped: T + 1 observations make T transitions, the last with its true s'."""
+
+    def __init__(self, ids, normalize_obs=False, reward_scale=1.0, reward_shift=0.0, device="cpu"):
+        rows, sources = [], []
+        for name in ids:
+            with blaming(f"dataset {name}"):
+                whole, first, last = split_id(name)
+                episodes, its_spaces, *_ = source = open_dataset(whole)
+                self.units = Units(*its_spaces)
+                sources.append(source)
+                if its_spaces != sources[0][1]:
+                    raise UserError(f"its spaces are not those of {ids[0]}")
+                numbers = range(-(-first * len(episodes) // 100), -(-last * len(episodes) // 100))
+                if not numbers:
+                    raise UserError("it has no episodes")
+                for number in numbers:
+                    with blaming(f"episode {number}"):
+                        rows.append(read_episode(episodes[number], *its_spaces))
+        obs, action, reward, terminal, log_prob = zip(*rows, strict=True)
+        self.make_env = sources[0][2]  # the environment that the data name, or None
+        references = {source[3] for source in sources}  # raw returns that score 0 and 100
+        self.reference = references.pop() if len(references) == 1 else None
+        self.returns = returns = np.array([r.sum() for r in reward])  # (episodes,) undiscounted
+        if reward_scale == "return-range":
+            reward_scale = 1000 / (np.ptp(returns) or 1000)
+        self.reward_scale, self.reward_shift = reward_scale, reward_shift
+        mean_min_max = f"{returns.mean():.1f} ({returns.min():.1f} to {returns.max():.1f})"
+        size = f"{sum(map(len, reward))} transitions in {len(rows)} episodes"
+        print(f"{size}, return {mean_min_max}; rewards x {reward_scale:.4g} + {reward_shift:.4g}")
+
+        with blaming(f"--device {device}"):
+            units = self.units.to(device)
+        s, next_s = np.concatenate([o[:-1] for o in obs]), np.concatenate([o[1:] for o in obs])
+        if normalize_obs:
+            units.obs_mean = units.tensor(s.mean(0, dtype=np.float64))
+            units.obs_std = units.tensor(s.std(0, dtype=np.float64) + 1e-3)
+        a, r, d, self.behavior_log_prob = map(np.concatenate, (action, reward, terminal, log_prob))
+        r, d = units.tensor(r * reward_scale + reward_shift), units.tensor(d)
+        self.transitions = Batch(units.obs(s), units.action(a), r, units.obs(next_s), d)
+        lengths = torch.tensor([len(r) for r in reward], device=device)
+        self.episode = torch.arange(len(rows), device=device).repeat_interleave(lengths)  # (M,)
+
+    def batch(self, index):
+        return Batch(*(x[index] for x in self.transitions))
+
+    def sample(self, n):
+        return self.batch(torch.randint(len(self.episode), (n,), device=self.episode.device))
+
+
+class Replay:
+    """The transitions of the online phase, behind those of the data; in the same units."""
+
+    def __init__(self, run):
+        if not run.make_env:
+            raise UserError("--online-steps needs an environment and --eval-episodes above 0")
+        self.run, self.env, self.ended = run, run.make_env(), True
+        self.offline = len(run.data.episode)
+        columns = [*run.data.transitions, run.data.episode]
+        added = run.extra.get("online", [x[:0] for x in columns])  # of a resumed run
+        room = [x.new_zeros(run.args.online_steps, *x.shape[1:]) for x in columns]
+        columns = zip(columns, added, room, strict=True)
+        self.columns = [torch.cat([x.to(parts[0]) for x in parts]) for parts in columns]
+        self.show(self.offline + len(added[0]))
+        self.episodes = run.data.episode[-1].item() + 1 - len(run.data.returns)
+
+    def show(self, size):
+        """Lets the data have the first `size` transitions."""
+        *transitions, self.run.data.episode = [x[:size] for x in self.columns]
+        self.run.data.transitions = Batch(*transitions)
+
+    def step(self):
+        """One step in the environment, with a sample of pi. Episode k is reset with seed + k."""
+        data, size = self.run.data, len(self.run.data.episode)
+        with blaming("the environment of the online phase"):
+            if self.ended:
+                self.obs, _ = self.env.reset(seed=self.run.args.seed + self.episodes)
+            action = self.run.policy.act(self.obs[None], deterministic=False)
+            next_obs, reward, terminated, truncated, _ = self.env.step(action[0])
+            if not math.isfinite(reward):
+                raise UserError(f"the reward is {reward}")
+            obs, next_obs_row = data.units.obs(np.stack([self.obs, next_obs]))
+        self.obs, self.ended = next_obs, terminated or truncated
+        reward = reward * data.reward_scale + data.reward_shift
+        row = obs, data.units.action(action)[0], reward, next_obs_row, float(terminated)
+        for x, value in zip(self.columns, (*row, len(data.returns) + self.episodes), strict=True):
+            x[size] = value
+        self.show(size + 1)
+        if self.ended:
+            self.episodes += 1
+            self.run.extra["online"] = [x[self.offline : size + 1].clone() for x in self.columns]
+
+
+# ---- Evaluation ----
+
+
+def find_env(data, env_id):
+    """Makes the evaluation's environment: --env-id, else the dataset's; None without either. Its
+    observations become rows (O,) in the order of the data's space."""
+    make = partial(gym.make, env_id) if env_id else data.make_env
+    if make is None:
         print("no evaluation: the data name no environment; --env-id gives one, ope.py needs none")
         return None
-    make_env = partial(make_env, disable_env_checker=True)
-    try:
-        env = make_env()
-        spaces.flatten(units.observation_space, env.reset(seed=0)[0])
-    except Exception as error:  # whatever the environment's package raises
-        problem = f"environment {env_id or 'of the data'}: {error}".split("\n")[0]
-        if env_id:
-            raise UserError(problem) from error
-        print(f"no evaluation: {problem}")
-        return None
-    check_spaces(env.observation_space, env.action_space, f"environment {env.spec.id}")
-    its, ours = (
-        (u.obs_dim, u.action_dim, u.discrete)
-        for u in (Units(env.observation_space, env.action_space), units)
-    )
-    if its != ours:
-        raise UserError(f"environment {env.spec.id}: its spaces are not those of the data")
-    print(f"evaluation in {env.spec.id}")
-    if env.spec.max_episode_steps is None:  # or an episode could run for ever
-        make_env = partial(make_env, max_episode_steps=longest)
-    return make_env
+    with blaming(f"environment {env_id or 'of the data'} (--eval-episodes 0 trains without one)"):
+        env, space = make(), data.units.observation_space
+        limit = env.spec.max_episode_steps or data.episode.bincount().max().item()
+        row = spaces.flatten(space, env.reset(seed=0)[0])
+        if len(row) != data.units.obs_dim or env.action_space != data.units.action_space:
+            raise UserError("its spaces are not those of the data")
+    to_row = partial(gym.wrappers.TransformObservation, func=partial(spaces.flatten, space))
+    settings = {"disable_env_checker": True, "max_episode_steps": limit}
+    return lambda: to_row(make(**settings), observation_space=spaces.flatten_space(space))
 
 
-# <<< shared: data
+@torch.random.fork_rng()
+def evaluate(policy, make_env, episodes, seed=10_000):
+    """Raw returns (episodes,) of the deterministic policy; episode i is reset with seed + i, the
+    same for all methods, so that comparisons are paired. Finished environments are not stepped."""
+    torch.manual_seed(seed)
+    envs, returns = [make_env() for _ in range(episodes)], np.zeros(episodes)
+    obs = {i: env.reset(seed=seed + i)[0] for i, env in enumerate(envs)}  # of those still alive
+    while obs:
+        for i, action in zip(list(obs), policy.act(np.stack(list(obs.values()))), strict=True):
+            obs[i], reward, terminated, truncated, _ = envs[i].step(action)
+            returns[i] += reward
+            if not math.isfinite(returns[i]):
+                raise UserError(f"the environment's reward is {reward}")
+            if terminated or truncated:
+                envs[i].close()
+                del obs[i]
+    return returns
 
 
-# >>> shared: evaluate   (the same in every file; tests/test_copies.py keeps it so)
-@torch.no_grad()
-def evaluate(agent, make_env, episodes, seed=10_000):
-    """Undiscounted raw returns (episodes,) of the deterministic policy; episode i is reset with
-    seed + i, the same for all methods, so that comparisons are paired. One environment for each;
-    a finished one is not stepped. Leaves torch's random state as it was."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        space = agent.units.observation_space
-        envs = [make_env() for _ in range(episodes)]
-        obs = [spaces.flatten(space, env.reset(seed=seed + i)[0]) for i, env in enumerate(envs)]
-        returns, alive = np.zeros(episodes), list(range(episodes))
-        while alive:
-            for i, action in zip(alive, agent.act(np.stack([obs[i] for i in alive])), strict=True):
-                next_obs, reward, terminated, truncated, _ = envs[i].step(action)
-                obs[i] = None if terminated or truncated else spaces.flatten(space, next_obs)
-                returns[i] += reward
-            alive = [i for i in alive if obs[i] is not None]
-        for env in envs:
-            env.close()
-        return returns
-
-
-# <<< shared: evaluate
-
-
-# >>> shared: health   (the same in every file with a critic; tests/test_copies.py keeps it so)
 def q_health(metrics, data, gamma, if_high, if_low):
-    """One line on whether to believe the critic: Q on the data and at the policy's actions, against
-    the returns that the rewards in the data make possible, and the discounted ones in the data."""
-    low = min(0.0, data.all.reward.min().item()) / (1 - gamma)
-    high = max(0.0, data.all.reward.max().item()) / (1 - gamma)
-    q_data, q_policy = metrics["q_data"], metrics["q_policy"]
-    if q_policy > high:
-        what = f"Q(s, pi(s)) = {q_policy:.4g} exceeds every return possible ({high:.4g})"
-        return f"{what}: the critic extrapolates. {if_high}"
-    if q_policy < low:
-        what = f"Q(s, pi(s)) = {q_policy:.4g} is below every return possible ({low:.4g})"
-        return f"{what}: the critic is too pessimistic. {if_low}"
-    if not low <= q_data <= high:
-        what = f"Q on the data = {q_data:.4g} is no possible return ({low:.4g} to {high:.4g})"
-        return f"{what}, Q(s, pi(s)) = {q_policy:.4g}: the critic is wrong even on the data."
-    mean = data.discounted_returns(gamma).mean()
-    data_q = f"Q on the data {q_data:.4g}, where discounted returns average {mean:.4g}"
-    return f"Q(s, pi(s)) = {q_policy:.4g}, {data_q}; possible are {low:.4g} to {high:.4g}"
+    """One line on whether to believe the critic: Q at the data's and the policy's actions, against
+    the discounted returns in the data and all that their rewards make possible."""
+    q_data, q_policy, reward = metrics["q_data"], metrics["q_policy"], data.transitions.reward
+    t = torch.arange(len(reward)).to(data.episode) - torch.searchsorted(data.episode, data.episode)
+    mean = (reward * (1 - gamma ** (t + 1))).mean() / (1 - gamma)  # r_t is in t + 1 of the returns
+    cut = data.transitions.terminal.sum() <= data.episode[-1]  # episodes that might have gone on
+    steps = (1 - (0 if cut else gamma ** (t.max().item() + 1))) / (1 - gamma)  # discounted
+    low, high = reward.min().clamp(max=0).item() * steps, reward.max().clamp(min=0).item() * steps
+    line = f"Q(s, pi(s)) = {q_policy:.4g}, Q on the data {q_data:.4g}, where discounted returns "
+    line += f"average {mean:.4g}; possible are {low:.4g} to {high:.4g}"
+    if max(q_data, q_policy) > high:
+        return f"{line}: the critic extrapolates. {if_high}"
+    return f"{line}: too pessimistic. {if_low}" if min(q_data, q_policy) < low else line
 
 
-# <<< shared: health
+# ---- The run and its folder ----
+
+LIMITS = {  # of flags, bounds included; of others: counts 1 to 10^9, numbers 0 to 10^9
+    **dict.fromkeys(("lr", "critic_lr", "actor_lr", "model_lr", "polyak"), (1e-12, 1)),
+    **dict.fromkeys(("hidden", "vae_hidden", "model_hidden"), (1, 10**4)),
+    **dict.fromkeys(("reward_shift", "target_gap"), (-(10**9), 10**9)),
+    **dict.fromkeys(("threshold", "soft_min", "real_ratio"), (0, 1)),
+    **{"seed": (0, 2**32 - 1), "online_steps": (0, 10**8), "batch_size": (1, 10**6)},
+    **{"eval_every": (0, 10**9), "eval_episodes": (0, 10**4), "reward_scale": (1e-9, 10**9)},
+    **{"gamma": (0, 1 - 1e-6), "expectile": (1e-6, 1 - 1e-6), "lam": (1e-6, 10**9)},
+    **{"top_fraction": (1e-6, 1), "held_out": (0, 0.9), "phi": (0, 2)},
+}
 
 
-# >>> shared: run   (the same in every file; tests/test_copies.py keeps it so)
-ALGORITHM = Path(__file__).stem
+def check_flags(args):
+    """Numbers lie within LIMITS, where neither NaN nor infinity does."""
+    for flag in fields(args):
+        many = isinstance(flag.default, tuple)
+        values = getattr(args, flag.name) if many else (getattr(args, flag.name),)
+        kind = type(flag.default[0] if many and flag.default else flag.default)
+        low, high = LIMITS.get(flag.name, (1, 10**9) if kind is int else (0, 10**9))
+        with blaming(f"--{flag.name.replace('_', '-')} {getattr(args, flag.name)}"):
+            if not isinstance(values, tuple) or (flag.default and not values):
+                raise UserError("one or more values are needed, as a tuple")
+            for x in values:
+                if kind is int and type(x) is not int:
+                    raise UserError("a whole number is needed")
+                number = isinstance(x, int | float) or (kind is float and x != "return-range")
+                if number and not low <= x <= high:
+                    raise UserError(f"it must lie in {low:g} to {high:g}")
 
 
-@dataclass
-class Run:
-    """A training run: what it needs, and how far it is."""
-
-    args: Args
-    data: Data
-    agent: nn.Module
-    folder: Path
-    began: float  # time.perf_counter() at the start, less the time before a resume
-    step: int = 0  # of the last checkpoint
-    metrics: list = field(default_factory=list)  # the rows of metrics.csv
-    returns: list = field(default_factory=list)  # the rows of returns.csv
-
-
-def check_args(args):
-    """Ranges of the flags that the files have in common; a method checks its own ones."""
-    limits = {"seed": 0, "eval_every": 0, "eval_episodes": 0}
-    limits |= {"steps": 1, "log_every": 1, "batch_size": 1}
-    for name, value in asdict(args).items():
-        flag = f"--{name.replace('_', '-')} {value}"
-        if name in limits and value < limits[name]:
-            raise UserError(f"{flag}: it must be at least {limits[name]}")
-        if (name.endswith("lr") or name == "polyak") and not 0 < value <= 1:
-            raise UserError(f"{flag}: it must lie in (0, 1]")
-        if name == "gamma" and not 0 <= value < 1:
-            raise UserError(f"{flag}: it must lie in [0, 1)")
-        if name == "reward_scale" and value != "return-range" and not 0 < value < math.inf:
-            raise UserError(f"{flag}: it must be positive")
-        if name == "reward_shift" and not math.isfinite(value):
-            raise UserError(f"{flag}: it must be a number")
-        if name == "hidden" and not all(width > 0 for width in value):
-            raise UserError(f"{flag}: widths must be positive")
-    if args.eval_every % args.log_every:
-        raise UserError(f"--eval-every {args.eval_every}: not a multiple of --log-every")
-    if not args.dataset_id or isinstance(args.dataset_id, str):
-        raise UserError("--dataset-id: a tuple of one or more ids is needed")
-
-
-def pick_device(name):
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if not (name == "cpu" or getattr(torch, name).is_available()):
-        raise UserError(f"--device {name}: there is none on this machine")
-    return torch.device(name)
-
-
-def use_fast_matmul():
-    """oneDNN's float32 products are faster than MKL's on AMD CPUs, up to twice with AVX-512. Where
-    the CPU would really round to bfloat16 (an error of 2e-3 instead of 1e-6) it is taken back."""
+def use_cpu_well():
+    """oneDNN's float32 products are faster than MKL's on AMD CPUs, up to twice with AVX-512; where
+    the CPU would really round to bfloat16 (an error of 2e-3 instead of 1e-6) that is taken back.
+    One thread, or OMP_NUM_THREADS: two that wait for each other on a busy machine are ten times as
+    slow, and products so small gain little from the second."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
     x = torch.linspace(0, 1, 256 * 256, device="cpu").view(256, 256)
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     exact = x.double() @ x.double()
@@ -825,305 +749,184 @@ def use_fast_matmul():
         torch.backends.mkldnn.matmul.fp32_precision = "none"
 
 
-@contextmanager
-def open_run(args):
-    """A new Run, or with --resume one at its last checkpoint. A new folder is made only after all
-    the input has been found good."""
-    began = time.perf_counter()
-    folder = Path(args.resume) if args.resume else None
-    args = resumed_args(args) if args.resume else args
-    check_args(args)
-    device = pick_device(args.device)
-    use_fast_matmul()
-    transform = args.normalize_obs, args.reward_scale, args.reward_shift
-    data = load_dataset(args.dataset_id, args.env_id, *transform, device)
+def start(args):
+    """The checked flags of a new run and None, or those of the run in --resume and its checkpoint.
+    Seeds torch."""
+    state = None
+    if args.resume:
+        if args != Args(resume=args.resume):
+            raise UserError("--resume takes all flags from the run: give no other one beside it")
+        if Path(args.resume, "result.json").exists():
+            raise UserError(f"--resume {args.resume}: the run is complete, see result.json there")
+        state = read_checkpoint(args.resume)
+        args = state["args"]
+    check_flags(args)
+    use_cpu_well()
     torch.manual_seed(args.seed)
-    with torch.device(device):
-        agent = Agent(data, args)
-    run = Run(args, data, agent, folder or create_folder(args), began)
-    if (run.folder / "checkpoint.pt").exists():
-        load_checkpoint(run)
-    print(f"run folder {run.folder}")
-    try:
-        yield run
-    except KeyboardInterrupt:
-        folder = shlex.quote(str(run.folder))
-        print(f"\nstopped; to go on: python {Path(__file__).name} --resume {folder}")
-        raise
+    return args, state
 
 
-def resumed_args(args):
-    """The flags of the run in --resume."""
-    folder = Path(args.resume)
-    if args != Args(resume=args.resume):
-        raise UserError("--resume takes all flags from the run: give no other one beside it")
-    if not (folder / "args.json").exists():
-        raise UserError(f"--resume {folder}: not the folder of a run, it has no args.json")
-    if not (folder / Path(__file__).name).exists():
-        raise UserError(f"--resume {folder}: not a run of {Path(__file__).name}")
-    if (folder / "result.json").exists():
-        raise UserError(f"--resume {folder}: the run is complete, see result.json there")
-    stored = json.loads((folder / "args.json").read_text())["args"]
-    return Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
+class Run:
+    """A training run: new, or with the state of a checkpoint. The folder of a new one is made only
+    after all the input has been found good."""
 
+    go_on = "nothing had begun"  # what Ctrl-C prints
 
-def create_folder(args):
-    """out_dir/<algorithm>__<dataset>__s<seed>__<time>, with args.json and the source that runs."""
-    dataset = "+".join(args.dataset_id).replace("/", "-")
-    stamp = time.strftime("%Y%m%d-%H%M%S") + f"-{time.time_ns() // 1000 % 10**6:06d}"
-    folder = Path(args.out_dir) / f"{ALGORITHM}__{dataset}__s{args.seed}__{stamp}"
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"--out-dir {args.out_dir}: {error}") from error
-    source = Path(__file__).resolve()
-    git = [shutil.which("git") or "true", "-C", source.parent, "rev-parse", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    packages = ("torch", "numpy", "gymnasium", "minari", "tyro")
-    facts = {"args": asdict(args), "versions": {p: version(p) for p in packages}, "commit": commit}
-    shutil.copy(source, folder / source.name)
-    write(folder / "args.json", json.dumps(facts, indent=2))
-    return folder
+    def __init__(self, args, data, agent, state):
+        self.args, self.data, self.agent, self.began = args, data, agent, time.perf_counter()
+        self.policy = Policy(agent, data.units)
+        # Adam and schedules: what an agent has beside its networks and goes on with
+        self.optimizers = {k: x for k, x in vars(agent).items() if hasattr(x, "state_dict")}
+        self.make_env = find_env(data, args.env_id) if args.eval_episodes else None
+        self.step, self.metrics, self.returns = 0, [], []  # returns: of the last evaluation
+        self.extra = {}  # whatever else a method must find again
+        if state:
+            self.folder, self.began = state["folder"], self.began - state["seconds"]
+            with blaming(f"{self.folder}: its checkpoint does not fit"):
+                self.step, self.metrics = state["step"], state["metrics"]
+                self.returns, self.extra = state["returns"], state["extra"]
+                self.policy.load_state_dict(state["policy"])
+                for name, optimizer in self.optimizers.items():
+                    optimizer.load_state_dict(state["optimizers"][name])
+                torch.set_rng_state(state["rng"])
+                torch.cuda.set_rng_state_all(state["cuda_rng"])
+        else:
+            name = f"{ALGORITHM}__{'+'.join(args.dataset_id).replace('/', '-')}__s{args.seed}"
+            self.folder = Path(args.out_dir, f"{name}__{datetime.now():%Y%m%d-%H%M%S-%f}")
+            versions = {p: version(p) for p in ("torch", "numpy", "gymnasium", "minari", "tyro")}
+            versions |= {f"{ALGORITHM}.py": __version__}
+            facts = json.dumps({"args": asdict(args), "versions": versions}, indent=2)
+            with blaming(f"--out-dir {args.out_dir}"):
+                self.folder.mkdir(parents=True)
+            write(self.folder / f"{ALGORITHM}.py", Path(__file__).read_bytes())
+            write(self.folder / "args.json", facts.encode())
+            self.save()  # so that there always is a checkpoint
+        folder = shlex.quote(str(self.folder))
+        Run.go_on = f"to go on: python {ALGORITHM}.py --resume {folder}"
+        print(f"run folder {folder}", flush=True)
+
+    def save(self):
+        """All that is needed to go on and to deploy."""
+        units, checkpoint = self.data.units, io.BytesIO()
+        state = {
+            "algorithm": ALGORITHM,
+            "args": asdict(self.args),
+            "spaces": [serialize_space(x) for x in (units.observation_space, units.action_space)],
+            "step": self.step,
+            "seconds": time.perf_counter() - self.began,
+            "metrics": self.metrics,
+            "returns": self.returns,
+            "policy": self.policy.state_dict(),
+            "optimizers": {name: x.state_dict() for name, x in self.optimizers.items()},
+            "extra": self.extra,
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all(),
+        }
+        torch.save(state, checkpoint)
+        table = [(self.metrics or [["step"]])[0], *(row.values() for row in self.metrics)]
+        table = [",".join("" if x is None else str(x) for x in line) + "\n" for line in table]
+        write(self.folder / "metrics.csv", "".join(table).encode())
+        write(self.folder / "checkpoint.pt", checkpoint.getvalue())  # last: the CSV has what it has
+
+    def updates(self, last):
+        """The numbers of the updates that are still to do, up to `last`, with a progress bar."""
+        self.last = last
+        return tqdm(range(self.step + 1, last + 1), initial=self.step, total=last, disable=None)
+
+    def due(self, update, every):
+        """Whether `every` updates have passed since the last row, or all."""
+        return update == self.last or (every > 0 and update // every > self.step // every)
+
+    def log(self, update, metrics):
+        """If it is time: a row of metrics, with the returns if they are due, and a checkpoint. A
+        NaN stops the run before it overwrites the last good one."""
+        if not self.due(update, self.args.log_every):
+            return
+        with torch.no_grad(), torch.random.fork_rng():
+            probe = slice(None, None, max(1, len(self.data.episode) // 1000))
+            metrics = metrics | self.agent.diagnose(self.data.batch(probe))
+        row = {"step": update} | {name: value.item() for name, value in metrics.items()}
+        for name, value in row.items():
+            if not math.isfinite(value):
+                good = f"the last good checkpoint is that of update {self.step} in {self.folder}"
+                mend = "smaller learning rates, --normalize-obs or --reward-scale may help"
+                raise UserError(f"update {update}: {name} is {value}; {mend}; {good}")
+        row |= dict.fromkeys(("return_mean", "return_std", "score"))
+        if self.make_env and self.due(update, self.args.eval_every):
+            share = 1 if update == self.last else 10
+            with blaming("evaluation (--eval-episodes 0 does without)"):
+                episodes = math.ceil(self.args.eval_episodes / share)
+                returns = evaluate(self.policy, self.make_env, episodes)
+            row |= {"return_mean": returns.mean().item(), "return_std": returns.std().item()}
+            if self.data.reference:
+                low, high = self.data.reference
+                row["score"] = 100 * (row["return_mean"] - low) / (high - low)
+            self.returns = returns.tolist()
+        tqdm.write(", ".join(f"{name} {x:.5g}" for name, x in row.items() if x is not None))
+        self.metrics, self.step = [*self.metrics, row], update
+        self.save()
+
+    def finish(self):
+        """Prints the result and writes result.json: its presence says that the run is complete."""
+        row = dict(self.metrics[-1])
+        result = {"algorithm": ALGORITHM, "dataset": "+".join(self.args.dataset_id)}
+        result |= {"seed": self.args.seed, "steps": row.pop("step")}
+        result |= {"data_return_mean": self.data.returns.mean().item(), **row}
+        result["health"] = health(row, self.data, self.args)
+        result["seconds"] = time.perf_counter() - self.began
+        for name, value in result.items():
+            print(f"{name:16}  {value:.5g}" if isinstance(value, float) else f"{name:16}  {value}")
+        result["returns"] = self.returns  # episode i was reset with seed 10,000 + i
+        write(self.folder / "result.json", json.dumps(result, indent=2).encode())
+        return result
 
 
 def write(path, content):
     """Whole or not at all: under a temporary name, then renamed."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
-    temporary.replace(path)
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with blaming(f"cannot write {path}, what stood there before is whole"):
+            temporary.write_bytes(content)
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def write_csv(path, rows, header):
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]) if rows else header, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write(path, text.getvalue())
+def read_checkpoint(folder, device="cpu"):
+    """What Run.save wrote, with the folder and its flags as Args."""
+    with blaming(f"{folder}: not a run of {ALGORITHM}.py"):
+        try:
+            state = torch.load(f"{folder}/checkpoint.pt", device, weights_only=True)
+        except Exception as error:  # torch's own message advises to load what is not safe
+            raise UserError(f"no readable checkpoint.pt, {type(error).__name__}") from error
+        if not isinstance(state, dict) or state.get("algorithm") != ALGORITHM:
+            raise UserError("its checkpoint.pt is of something else")
+        if any(x.isnan().any() for x in state["policy"].values()):
+            raise UserError("its checkpoint.pt has weights that are NaN")
+        return state | {"folder": Path(folder), "args": Args(**state["args"])}
 
 
-def save_checkpoint(run):
-    """All that is needed to go on and to deploy."""
-    units, checkpoint = run.agent.units, io.BytesIO()
-    state = {
-        "step": run.step,
-        "seconds": time.perf_counter() - run.began,
-        "metrics": run.metrics,
-        "returns": run.returns,
-        "agent": run.agent.state_dict(),
-        "optimizers": [optimizer.state_dict() for optimizer in run.agent.optimizers],
-        "rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "args": asdict(run.args),
-        "observation_space": serialize_space(units.observation_space),
-        "action_space": serialize_space(units.action_space),
-    }
-    torch.save(state, checkpoint)
-    write_csv(run.folder / "metrics.csv", run.metrics, ["step"])
-    write_csv(run.folder / "returns.csv", run.returns, ["step", "seed", "return"])
-    write(run.folder / "checkpoint.pt", checkpoint.getvalue())  # last: what it has, the CSVs have
-
-
-def load_checkpoint(run):
-    path, device = run.folder / "checkpoint.pt", run.data.train.device
-    state = torch.load(path, map_location=device, weights_only=True)
-    run.agent.load_state_dict(state["agent"])
-    for optimizer, its_state in zip(run.agent.optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(its_state)
-    torch.set_rng_state(state["rng"].cpu())
-    if state["cuda_rng"] is not None:
-        torch.cuda.set_rng_state(state["cuda_rng"].cpu())
-    run.step, run.metrics, run.returns = state["step"], state["metrics"], state["returns"]
-    run.began -= state["seconds"]
-
-
-def log(run, update, metrics, episodes, bar):
-    """After `update` updates: health, NaN check, evaluation, a row of metrics, the checkpoint."""
-    probe = run.data.train[:: max(1, len(run.data.train) // 1000)]
-    with torch.no_grad(), torch.random.fork_rng():
-        metrics = metrics | run.agent.diagnose(run.data.batch(probe))
-    row = {"step": update} | {name: value.item() for name, value in metrics.items()}
-    for name, value in row.items():
-        if not math.isfinite(value):
-            good = f"the last good checkpoint is that of update {run.step} in {run.folder}"
-            good = good if (run.folder / "checkpoint.pt").exists() else "there is no checkpoint yet"
-            raise UserError(f"update {update}: {name} is {value}; {good}")
-    row["return_mean"] = None
-    if run.data.make_env and episodes:
-        returns = evaluate(run.agent, run.data.make_env, episodes)
-        row["return_mean"] = returns.mean().item()
-        for i, value in enumerate(returns.tolist()):
-            run.returns.append({"step": update, "seed": 10_000 + i, "return": value})
-        tqdm.write(f"update {update}: return {row['return_mean']:.1f} over {episodes} episodes")
-    run.metrics.append(row)
-    run.step = update
-    save_checkpoint(run)
-    shown = ("actor_loss", "critic_loss", "q_data", "q_policy")
-    bar.set_postfix({name: f"{row[name]:.3g}" for name in shown if name in row})
-
-
-def finish(run):
-    """Prints the table, writes result.json (its presence says that the run is complete)."""
-    args, row, data_returns = run.args, dict(run.metrics[-1]), run.data.returns
-    returns = np.array([r["return"] for r in run.returns if r["step"] == row["step"]])
-    result = {
-        "algorithm": ALGORITHM,
-        "dataset": "+".join(args.dataset_id),
-        "seed": args.seed,
-        "steps": row.pop("step"),
-        "return_mean": row.pop("return_mean"),
-        "return_std": None,
-        "score": None,
-        "data_return_mean": data_returns.mean().item(),
-        **row,
-        "health": run.agent.health(row, run.data),
-        "seconds": time.perf_counter() - run.began,
-    }
-    lines = [f"{ALGORITHM} on {result['dataset']}, seed {args.seed}, {result['steps']} updates"]
-    lines += [f"return of the data    {data_returns.mean():.1f} +- {data_returns.std():.1f}"]
-    if len(returns):
-        result["return_std"] = returns.std().item()
-        over = f"over {len(returns)} episodes, deterministic policy"
-        lines += [f"return of the policy  {returns.mean():.1f} +- {returns.std():.1f} {over}"]
-    if len(returns) and run.data.reference:
-        low, high = run.data.reference
-        result["score"] = (100 * (returns.mean() - low) / (high - low)).item()
-        scale = f"0: {low:.1f}, random actions; 100: {high:.1f}, the reference policy"
-        lines += [f"normalised score      {result['score']:.1f} ({scale})"]
-    lines += [f"health                {result['health']}"]
-    lines += [f"time                  {result['seconds']:.0f} s"]
-    print("\n" + "\n".join(lines))
-    write(run.folder / "result.json", json.dumps(result, indent=2))
-    return result
+def load_policy(folder, device="cpu"):
+    """The Policy of a run's folder. Needs neither the dataset nor the environment."""
+    state = read_checkpoint(folder, device)
+    with blaming(f"{folder}: its checkpoint does not fit"), torch.device(device):
+        units = Units(*map(deserialize_space, state["spaces"]))
+        policy = Policy(Agent(units, state["args"]), units)
+        policy.load_state_dict(state["policy"])
+    return policy.eval()
 
 
 def command_line():
+    """Runs main with the flags of the command line; what the user can mend is one line."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops as Ctrl-C does
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
-        if args.resume and len(sys.argv) > 3:
-            raise UserError("--resume takes all flags from the run: give no other one beside it")
-        main(args)
+        main(tyro.cli(Args, description=__doc__.split("\n\n")[0]))
     except UserError as error:
         sys.exit(f"{ALGORITHM}: {error}")
     except KeyboardInterrupt:
+        print(f"\n{ALGORITHM}: stopped; {Run.go_on}", file=sys.stderr)
         sys.exit(130)
-
-
-# <<< shared: run
-
-
-# >>> shared: policy   (the same in every file; tests/test_copies.py keeps it so)
-def load_policy(folder, device="cpu"):
-    """The trained agent of a run's folder, with act(obs, deterministic=True), log_prob(obs,
-    action), has_density and, for Discrete actions, probabilities(obs); observations and actions
-    are the environment's. Needs neither the dataset nor the environment."""
-    checkpoint = Path(folder) / "checkpoint.pt"
-    if not checkpoint.exists():
-        raise UserError(f"{folder}: not the folder of a run, it has no checkpoint.pt")
-    state = torch.load(checkpoint, map_location=device, weights_only=True)
-    observation_space, action_space = (
-        deserialize_space(state[f"{kind}_space"]) for kind in ("observation", "action")
-    )
-    with torch.device(device):
-        agent = Agent(Data(Units(observation_space, action_space)), Args(**state["args"]))
-    agent.load_state_dict(state["agent"])
-    return agent.eval()
-
-
-# <<< shared: policy
-
-
-# >>> shared: main   (the same in bc, cql, iql, awac and bcq; tests/test_copies.py keeps it so)
-def train(run):
-    """The offline phase: from the run's last checkpoint on to --steps updates."""
-    args = run.args
-    with tqdm(total=args.steps, initial=run.step, disable=None, dynamic_ncols=True) as bar:
-        for update in range(run.step + 1, args.steps + 1):
-            metrics = run.agent.update(run.data.sample(args.batch_size))
-            bar.update()
-            if update == args.steps:
-                log(run, update, metrics, args.eval_episodes, bar)
-            elif update % args.log_every == 0:
-                due = args.eval_every and update % args.eval_every == 0
-                log(run, update, metrics, math.ceil(args.eval_episodes / 10) if due else 0, bar)
-
-
-# <<< shared: main
-
-
-# >>> shared: finetune   (the same in iql.py and awac.py; tests/test_copies.py keeps it so)
-class Online(nn.Module):
-    """The transitions of the online phase. They belong to the agent's state, so that a checkpoint
-    has them and a resumed run goes on with them."""
-
-    def __init__(self, data, args):
-        super().__init__()
-        if args.online_steps < 0:
-            raise UserError(f"--online-steps {args.online_steps}: it must be at least 0")
-        if args.online_steps and data.all and not data.make_env:
-            raise UserError("--online-steps needs an environment: name one with --env-id")
-        self.rows = []  # the columns of Batch and the episode, each (transitions so far, ...)
-
-    def get_extra_state(self):
-        return self.rows
-
-    def set_extra_state(self, rows):
-        self.rows = rows
-
-
-def finetune(run):
-    """The online phase: --online-steps steps in the environment, one update after each. Actions are
-    sampled; the data stay in the buffer, and new transitions join them in the same units. Episode k
-    is reset with seed + k and everything is logged at the ends of episodes only, so that a run can
-    go on from its last checkpoint as if it had not stopped."""
-    args, agent, data, units = run.args, run.agent, run.data, run.agent.units
-    size, last = len(data.train), args.steps + args.online_steps
-    columns = [*data.all, data.episode]
-    new = agent.online.rows or [x[:0] for x in columns]
-    room = [x.new_zeros(args.online_steps - len(new[0]), *x.shape[1:]) for x in columns]
-    columns = [torch.cat(parts) for parts in zip(columns, new, room, strict=True)]
-    data.all, data.episode = Batch(*columns[:-1]), columns[-1]
-    index = torch.arange(len(data.episode), device=data.train.device)
-    episode = data.episode[size + len(new[0]) - 1].item()
-    env, ended = data.make_env(), True
-    with tqdm(total=last, initial=run.step, disable=None, dynamic_ncols=True) as bar:
-        for update in range(run.step + 1, last + 1):
-            if ended:
-                episode += 1
-                obs, _ = env.reset(seed=args.seed + episode - len(data.returns))
-                obs = spaces.flatten(units.observation_space, obs)
-            action = agent.act(obs[None], deterministic=False)
-            next_obs, reward, terminated, truncated, _ = env.step(action[0])
-            next_obs, ended = (
-                spaces.flatten(units.observation_space, next_obs),
-                terminated or truncated,
-            )
-            reward = reward * data.reward_scale + data.reward_shift
-            row = units.obs(obs[None]), units.action(action), reward, units.obs(next_obs[None])
-            now = size + update - args.steps
-            for x, value in zip(columns, (*row, float(terminated), episode), strict=True):
-                x[now - 1] = value
-            obs, data.train = next_obs, index[:now]
-            metrics = agent.update(data.sample(args.batch_size))
-            bar.update()
-            passed = [n and update // n > run.step // n for n in (args.log_every, args.eval_every)]
-            if update == last or (ended and passed[0]):
-                agent.online.rows = [x[size:now].clone() for x in columns]
-                along = math.ceil(args.eval_episodes / 10) if passed[1] else 0
-                log(run, update, metrics, args.eval_episodes if update == last else along, bar)
-    env.close()
-
-
-# <<< shared: finetune
-
-
-def main(args: Args) -> dict:
-    """Trains and evaluates; returns the final metrics, which are also the folder's result.json."""
-    with open_run(args) as run:
-        train(run)
-        if run.args.online_steps:
-            finetune(run)
-    return finish(run)
 
 
 if __name__ == "__main__":

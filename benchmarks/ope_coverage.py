@@ -1,89 +1,146 @@
-"""How often do the 95% intervals of ope.py hold the truth? Repeated logs of a random MDP (5 states,
-2 actions, 10 steps, noisy rewards) whose values are known exactly: 50 and 500 episodes, policies
-near to and far from each other. Q is exact but for a random error of a fifth of its deviation.
+"""How often do the 95% intervals of ope.py hold the truth, and is its verdict right? Repeated logs:
 
-    python benchmarks/ope_coverage.py [repetitions]
+  cartpole n   the built-in example, 100 and 1000 episodes, T = 50, gamma 0.99: what a controller of
+               gain 5 has logged is to judge gain 8, 12 (far) and 2.5 (worse)
+  table        a random MDP of 5 states and 2 actions with noisy rewards, values known exactly; the
+               policies deviate by 0.1 or 0.3 from fair coins: n = 100 and T = 10 for near, far; 5
+               times as many for many
+
+    python benchmarks/ope_coverage.py runs/coverage.csv cartpole-100 cartpole-1000 near far many
+
+makes repetitions, seeds from 100 on, and adds their rows to the file until it is stopped; without
+settings it prints the file's table: intervals that were printed as 95% ones and held, of how many.
 """
 
+import contextlib
+import csv
+import io
 import sys
-from functools import partial
+from collections import defaultdict
+from functools import cache
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import torch
+from gymnasium import spaces
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import ope
 
-S, A, T, GAMMA = 5, 2, 10, 0.95
-IS = partial(ope.importance_sampling, gamma=GAMMA)
-DR = partial(ope.doubly_robust, gamma=GAMMA)
-PLAIN = {
-    "IS": IS,
-    "PDIS": partial(IS, per_decision=True),
-    "WIS": partial(IS, weighted=True),
-    "PDWIS": partial(IS, per_decision=True, weighted=True),
+GAINS = (8.0, 12.0, 2.5)
+CARTPOLE = ope.Args(horizon=50, resamples=400)
+TABLE = ope.Args(gamma=0.95, resamples=400)
+SETTINGS = {
+    "cartpole-100": (CARTPOLE, lambda seed: cartpole(100, seed)),
+    "cartpole-1000": (CARTPOLE, lambda seed: cartpole(1000, seed)),
+    "near": (TABLE, lambda seed: table(100, 0.1, seed)),
+    "far": (TABLE, lambda seed: table(100, 0.3, seed)),
+    "many": (TABLE, lambda seed: table(500, 0.3, seed)),
 }
-WITH_Q = {"DR": DR, "WDR": partial(DR, weighted=True), "MAGIC": partial(ope.magic, gamma=GAMMA)}
 
 
-def exact_q(P, r, target):
-    """(T + 1, S, A), by steps to go."""
-    q = [np.zeros((S, A))]
-    for _ in range(T):
-        q.append(r + GAMMA * P @ (target * q[-1]).sum(1))
-    return np.array(q)
+def cartpole(n, seed):
+    """Logs, the policies to judge, their values."""
+    data, policies = ope.example(CARTPOLE, n, (5.0, *GAINS), seed)
+    return data, policies, [cartpole_value(gain) for gain in GAINS]
 
 
-def log_episodes(rng, n, P, r, start, behavior):
-    """state, action, reward (n, T)"""
-    state, columns = rng.choice(S, n, p=start), []
-    for _ in range(T):
-        action = (rng.random(n) > behavior[state, 0]).astype(int)
-        columns.append((state, action, r[state, action] + rng.normal(size=n)))
-        state = (rng.random((n, 1)) > P[state, action].cumsum(1)[:, :-1]).sum(1)
-    return (np.stack(x, 1) for x in zip(*columns, strict=True))
+@cache
+def cartpole_value(gain):
+    """Of 400,000 episodes."""
+    values = []
+    for seed in range(4):
+        data, _ = ope.example(CARTPOLE, 100_000, (gain,), 10**6 + seed)
+        length = np.bincount(data.episode)  # every step earns 1
+        values.append(((1 - 0.99**length) / 0.01).mean())
+    return np.mean(values)
 
 
-def coverage(n, distance, repetitions):
-    """{name: share of the intervals with the truth}, and the mean effective sample size."""
+def table(n, distance, seed, S=5, A=2, T=10):
     rng = np.random.default_rng(0)
     P, r = rng.dirichlet(np.ones(S), (S, A)), rng.normal(size=(S, A))
     start, behavior = rng.dirichlet(np.ones(S)), np.full((S, A), 0.5)
     target = behavior + distance * np.sign(rng.normal(size=(S, 1))) * [1, -1]
-    exact = exact_q(P, r, target)
-    truth, hits, sizes = start @ (target * exact[T]).sum(1), {}, []
-    for repetition in range(repetitions):
-        state, action, reward = log_episodes(rng, n, P, r, start, behavior)
-        ratio = (target / behavior)[state, action]
-        q_hat = exact + 0.2 * exact.std() * rng.normal(size=exact.shape) * (exact != 0)
-        left = T - np.arange(T)
-        v = np.pad((target * q_hat).sum(2)[left, state], ((0, 0), (0, 1)))
-        arrays = reward, ratio, q_hat[left, state, action], v
-        sizes.append(ope.effective_sample_size(ratio))
-        ends = {}
-        for name, estimator in PLAIN.items():
-            ends[name] = ope.bootstrap_interval(estimator, *arrays[:2], seed=repetition)
-        for name, estimator in WITH_Q.items():
-            resamples = 100 if name == "MAGIC" else 1000
-            ends[name] = ope.bootstrap_interval(
-                estimator, *arrays, resamples=resamples, seed=repetition
-            )
-        x = PLAIN["PDIS"](*arrays[:2], counts=np.eye(n))
-        ends["PDIS, t"] = ope.student_t_bound(x, 0.975), -ope.student_t_bound(-x, 0.975)
-        lowest = reward.min()
-        x = PLAIN["PDIS"](reward - lowest, ratio, counts=np.eye(n))
-        shift = lowest * (GAMMA ** np.arange(T)).sum()
-        ends["HCOPE, one-sided"] = ope.hcope_bound(x, seed=repetition) + shift, np.inf
-        for name, (low, high) in ends.items():
-            hits.setdefault(name, []).append(low <= truth <= high)
-    return {name: np.mean(hit) for name, hit in hits.items()}, np.mean(sizes)
+    v = np.zeros(S)
+    for _ in range(T):
+        v = (target * (r + TABLE.gamma * P @ v)).sum(1)
+    rng, rows = np.random.default_rng(seed), []
+    state = rng.choice(S, n, p=start)
+    for _ in range(T):
+        action = (rng.random(n) > behavior[state, 0]).astype(int)
+        reward = r[state, action] + rng.normal(size=n)
+        after = (rng.random((n, 1)) > P[state, action].cumsum(1)[:, :-1]).sum(1)
+        rows.append((np.eye(S)[state], action, reward, np.eye(S)[after]))
+        state = after
+    s, a, reward, after = (np.stack(x, 1).reshape(n * T, *x[0].shape[1:]) for x in zip(*rows))
+    units = ope.Units(spaces.Box(0, 1, (S,)), spaces.Discrete(A))
+    s, reward, after = map(units.tensor, (s, reward, after))
+    data = SimpleNamespace(
+        units=units,
+        transitions=ope.Batch(s, units.action(a), reward, after, torch.zeros(n * T)),
+        episode=torch.arange(n).repeat_interleave(T),
+        behavior_log_prob=np.log(np.full(n * T, 0.5)),
+    )
+
+    def pi(obs):
+        return ope.Probabilities(torch.tensor(target)[obs.argmax(1)])
+
+    return data, [ope.Target(f"{distance} from it", pi, units, TABLE)], [start @ v]
+
+
+def repeat(setting, seed):
+    """Rows: setting, seed, policy, effective sample size, name, value, low, high, truth, whether it
+    counts as a 95% interval. Names are the estimators', "gain WDR", "gain FQE", and the verdict's."""
+    args, make = SETTINGS[setting]
+    torch.manual_seed(seed)
+    with contextlib.redirect_stdout(io.StringIO()):
+        data, policies, truths = make(seed)
+        log = ope.Log(data, args)
+        baseline = cartpole_value(5.0) if "cartpole" in setting else None
+        for policy, truth in zip(policies, truths, strict=True):
+            report = ope.evaluate_policy(policy, log, args)
+            first = setting, seed, policy.name, report.weights.sizes[-1]
+            for name, e in report.estimates.items():
+                yield *first, name, e.value, e.low, e.high, truth, not e.doubt
+                if baseline and name in ("WDR", "FQE"):
+                    yield *first, f"gain {name}", *e.gain, truth - baseline, not e.doubt
+            for name, bound in report.bounds.items():
+                yield *first, name.split(",")[0], bound, bound, np.inf, truth, True
+            e, line = report.estimates["WDR"], ope.verdict(report)
+            for grade in ("believe WDR with care", "believe WDR,", "a hint", "believe none"):
+                if grade in line:
+                    yield *first, grade.rstrip(","), e.value, e.low, e.high, truth, True
+            sure = "cannot tell" not in line and "believe WDR" in line
+            if sure and baseline:
+                yield *first, "better or worse", *e.gain, truth - baseline, True
+
+
+def print_table(path):
+    held, bias = defaultdict(list), defaultdict(list)
+    for setting, _, policy, _, name, value, low, high, truth, counts in csv.reader(path.open()):
+        column = f"{setting} {policy}"
+        bias[name, column].append(float(value) - float(truth))
+        if counts == "True":
+            held[name, column].append(float(low) <= float(truth) <= float(high))
+    columns = sorted({column for _, column in bias})
+    print("| | " + " | ".join([*columns, "all"]) + " |\n" + "|---" * (len(columns) + 2) + "|")
+    for name in dict.fromkeys(name for name, _ in bias):
+        cells = [held[name, column] for column in columns]
+        cells = [f"{sum(x)}/{len(x)}" if x else "" for x in [*cells, sum(cells, [])]]
+        print(f"| {name} | " + " | ".join(cells) + " |")
+    for name in ("WDR", "FQE"):
+        cells = [f"{np.mean(bias[name, column]):+.3f}" for column in columns]
+        print(f"| mean error of {name} | " + " | ".join(cells) + " | |")
 
 
 if __name__ == "__main__":
-    repetitions = int(sys.argv[1]) if len(sys.argv) > 1 else 500
-    print(f"coverage of 95% intervals in {repetitions} repetitions")
-    for n in (50, 500):
-        for distance in (0.1, 0.3):
-            shares, size = coverage(n, distance, repetitions)
-            text = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
-            print(f"n = {n}, pi = 0.5 +- {distance}, effective sample size {size:.0f}: {text}")
+    path = Path(sys.argv[1])
+    if not sys.argv[2:]:
+        print_table(path)
+    for seed in count(100) if sys.argv[2:] else ():
+        for setting in sys.argv[2:]:
+            rows = list(repeat(setting, seed))
+            with path.open("a") as file:
+                csv.writer(file).writerows(rows)

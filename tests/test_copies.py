@@ -1,10 +1,8 @@
-"""The files share nothing but text: the blocks between `# >>> shared: name` and
-`# <<< shared: name` are the same in every file. After a change in one file,
-`python tests/test_copies.py --fix cql.py` copies its blocks into the others."""
+"""The files share nothing but text: definitions of the same name are the same text in every file
+that has them, but for those in OWN. After a change in one file, `python tests/test_copies.py --fix
+cql.py` carries its definitions into the others."""
 
 import ast
-import difflib
-import re
 import sys
 from itertools import combinations
 from pathlib import Path
@@ -12,51 +10,63 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-TRAINING = ["bc.py", "cql.py", "iql.py", "bcq.py", "awac.py", "mopo.py"]
-ALL = [*TRAINING, "ope.py"]
-BLOCKS = {  # which files have which block
-    "optim": ALL,
-    "data": ALL,
-    "evaluate": ALL,
-    "health": ["cql.py", "iql.py", "bcq.py", "awac.py", "mopo.py"],
-    "run": TRAINING,
-    "policy": TRAINING,
-    "main": ["bc.py", "cql.py", "iql.py", "bcq.py", "awac.py"],
-    "finetune": ["iql.py", "awac.py"],
-}
-FILES = [name for name in ALL if (ROOT / name).exists()]
+FILES = ["bc.py", "cql.py", "iql.py", "bcq.py", "awac.py", "mopo.py", "ope.py"]
+TRAINING = FILES[:-1]
 ALLOWED = {"torch", "numpy", "gymnasium", "minari", "tyro", "tqdm"}
-PATTERN = r"^# >>> shared: {name} .*?^# <<< shared: {name}$\n"
+LINE = "# ---- Plumbing, the same in every file: a reader of the method can stop here ----"
+OWN = {"Args", "Agent", "main", "health", "BoxCritic", "DiscreteCritic"}  # meant to differ
+OWN_OF_OPE = {"command_line"}
+ONLINE = {"iql.py", "awac.py"}  # have Replay
+NO_CRITIC = {"bc.py"}  # needs no q_health, polyak_update, pick
 
 
-def block(text, name):
-    found = re.findall(PATTERN.format(name=name), text, re.M | re.S)
-    assert len(found) <= 1, f"block {name} occurs {len(found)} times"
-    return found[0] if found else None
+def read(file):
+    return (ROOT / file).read_text()
 
 
-def read(name):
-    return (ROOT / name).read_text()
+def definitions(file):
+    """{name: source text} of the functions, classes and constants at the top level."""
+    text, found = read(file), {}
+    lines = text.splitlines(keepends=True)
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Assign):
+            name = node.targets[0].id if isinstance(node, ast.Assign) else node.name
+            first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
+            found[name] = "".join(lines[first - 1 : node.end_lineno])
+    return found
 
 
-@pytest.mark.parametrize("name", [name for name in BLOCKS if set(BLOCKS[name]) & set(FILES)])
-def test_blocks_are_the_same_text(name):
-    copies = {file: block(read(file), name) for file in FILES}
-    assert {file for file, text in copies.items() if text} == set(FILES) & set(BLOCKS[name])
-    copies = {file: text for file, text in copies.items() if text}
-    first = next(iter(copies))
-    for file, text in copies.items():
-        diff = difflib.unified_diff(
-            copies[first].splitlines(), text.splitlines(), first, file, lineterm=""
-        )
-        assert text == copies[first], "\n".join(diff)
+def own(file):
+    return OWN | (OWN_OF_OPE if file == "ope.py" else set())
 
 
-def test_every_marker_belongs_to_a_known_block():
-    for file in FILES:
-        marked = re.findall(r"^# (?:>>>|<<<) shared: (\w+)", read(file), re.M)
-        assert set(marked) <= set(BLOCKS), file
-        assert all(marked.count(name) == 2 for name in marked), file
+@pytest.mark.parametrize("one, other", combinations(FILES, 2))
+def test_definitions_of_the_same_name_are_the_same_text(one, other):
+    first, second = definitions(one), definitions(other)
+    shared = (set(first) & set(second)) - own(one) - own(other)
+    assert len(shared) > 10
+    for name in shared:
+        assert first[name] == second[name], f"{name} in {one} and {other}"
+
+
+def test_every_training_file_has_the_whole_plumbing_in_the_same_order():
+    plumbing = {}
+    for file in TRAINING:
+        assert read(file).count(LINE) == 1, file
+        below = read(file).split(LINE)[1]
+        plumbing[file] = [x for x in definitions(file) if definitions(file)[x] in below]
+    for file in TRAINING:
+        extra = {"Replay"} if file in ONLINE else set()
+        missing = {"q_health", "polyak_update", "pick"} if file in NO_CRITIC else set()
+        expected = [x for x in plumbing["cql.py"] if x not in missing]
+        assert [x for x in plumbing[file] if x not in extra] == expected, file
+        assert extra <= set(plumbing[file])
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_nothing_below_the_line_is_unused(file):
+    names = {n.id for n in ast.walk(ast.parse(read(file))) if isinstance(n, ast.Name)}
+    assert set(definitions(file)) - {"__version__"} <= names
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -71,45 +81,69 @@ def test_imports_are_the_core_packages_and_never_a_sibling(file):
         for name in names:
             package = name.split(".")[0]
             assert package in ALLOWED | set(sys.stdlib_module_names), f"{file} imports {name}"
-            assert f"{package}.py" not in ALL, f"{file} imports its sibling {name}"
+            assert f"{package}.py" not in FILES, f"{file} imports its sibling {name}"
 
 
-def fields(file):
-    """Args as {name: (type, help)}; the help is the string below the field."""
-    tree = ast.parse(read(file))
-    body = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Args").body
+def script_block(file):
+    text = read(file)
+    assert text.startswith("# /// script\n"), file
+    return text.split("# ///\n")[0]
+
+
+def test_the_script_metadata_is_the_same_in_every_file():
+    assert len({script_block(file) for file in FILES}) == 1
+
+
+def flags(file):
+    """Args as {name: (type, help)}; the help is the comment behind the field."""
+    lines = read(file).splitlines()
+    body = next(n for n in ast.parse(read(file)).body if getattr(n, "name", "") == "Args").body
     found = {}
-    for field, text in zip(body, [*body[1:], None], strict=True):
-        if isinstance(field, ast.AnnAssign):
-            assert isinstance(text, ast.Expr), f"{file}: --{field.target.id} has no help"
-            assert field.target.id not in found, f"{file}: --{field.target.id} stands twice"
-            found[field.target.id] = (ast.unparse(field.annotation), text.value.value)
+    for field in body:
+        name, (_, comment, text) = field.target.id, lines[field.end_lineno - 1].partition("  # ")
+        assert comment and text, f"{file}: --{name} has no help"
+        assert name not in found, f"{file}: --{name} stands twice"
+        found[name] = (ast.unparse(field.annotation), text)
     return found
 
 
 @pytest.mark.parametrize("file", FILES)
 def test_every_flag_is_read(file):
     tree = ast.parse(read(file))
-    read_names = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
-    assert set(fields(file)) <= read_names
+    assert set(flags(file)) <= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
 
 
 def test_flags_of_the_same_name_mean_the_same():
-    flags = {file: fields(file) for file in FILES}
     for one, other in combinations(FILES, 2):
-        for name in set(flags[one]) & set(flags[other]):
-            assert flags[one][name] == flags[other][name], f"--{name} in {one} and {other}"
+        for name in set(flags(one)) & set(flags(other)):
+            assert flags(one)[name] == flags(other)[name], f"--{name} in {one} and {other}"
+
+
+def test_every_numeric_flag_is_in_the_table_of_limits_or_takes_its_default():
+    numeric = {"int", "float", "tuple[int, ...]", "float | None", "int | None"}
+    numeric.add("float | Literal['return-range']")
+    for file in FILES:
+        for name, (kind, _) in flags(file).items():
+            assert kind in numeric or kind in (
+                "str",
+                "bool",
+                "str | None",
+                "tuple[str, ...]",
+                "UseAppendAction[tuple[str, ...]]",
+            ) or kind.startswith("Literal"), f"{file}: --{name} is {kind}"
 
 
 def fix(source):
-    """Copies the blocks of `source` into every other file that has them."""
-    for name in BLOCKS:
-        text = block(read(source), name)
-        for file in FILES:
-            old = block(read(file), name)
-            if text and old and old != text:
-                (ROOT / file).write_text(read(file).replace(old, text))
-                print(f"{file}: block {name} taken from {source}")
+    """Carries the definitions of `source` into every other file that has them."""
+    for file in FILES:
+        text = read(file)
+        theirs, ours = definitions(file), definitions(source)
+        for name in (set(theirs) & set(ours)) - own(file) - own(source):
+            if theirs[name] != ours[name]:
+                assert text.count(theirs[name]) == 1, name
+                text = text.replace(theirs[name], ours[name])
+                print(f"{file}: {name} taken from {source}")
+        (ROOT / file).write_text(text)
 
 
 if __name__ == "__main__":

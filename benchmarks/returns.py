@@ -1,0 +1,233 @@
+"""Every method on every built-in dataset, ten training seeds: the README's table of results.
+
+  python benchmarks/returns.py                           what benchmarks/returns.csv lacks
+  python benchmarks/returns.py --table                   the table, from the CSV alone
+  python benchmarks/returns.py --methods cql iql --datasets cartpole/mixed-v0 --seeds 100 101
+  python benchmarks/returns.py --ray                     on a Ray cluster (pip install ray)
+  python benchmarks/returns.py --minari                  the commands of the MuJoCo table
+
+One run is one row of the CSV: the return of the policy with the last weights, deterministic, over
+100 episodes on the seeds 10,000 on. Runs that the CSV has are skipped, a run that was stopped goes
+on from its last checkpoint, so that this script can be interrupted at any time. Under SLURM one job
+does one method:
+
+  sbatch --array=0-7 --wrap 'M=(bc %bc naive cql iql awac bcq mopo); \\
+    python benchmarks/returns.py --methods ${M[$SLURM_ARRAY_TASK_ID]} --csv ${M[...]}.csv'
+"""
+
+import contextlib
+import csv
+import importlib
+import io
+import os
+import sys
+import time
+from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+ROOT = Path(__file__).parent.parent
+METHODS = {  # name: file, flags beside the defaults
+    "bc": ("bc", {}),
+    "%bc": ("bc", {"top_fraction": 0.1}),
+    "naive": ("cql", {"alpha": 0.0}),
+    "cql": ("cql", {}),
+    "iql": ("iql", {}),
+    "awac": ("awac", {}),
+    "bcq": ("bcq", {}),
+    "mopo": ("mopo", {}),
+}
+DATASETS = tuple(
+    f"{env}/{quality}-v0"
+    for env in ("pendulum", "cartpole")
+    for quality in ("mixed", "medium", "random", "expert")
+)
+COLUMNS = (
+    "method dataset seed return_mean return_std score data_return_mean steady steps seconds "
+    "command date torch numpy"
+).split()
+HUB = [  # the MuJoCo table: dataset ids of each cell, and the flags of each method
+    [f"mujoco/{env}/{quality}-v0" for quality in cell]
+    for env in ("hopper", "halfcheetah", "walker2d")
+    for cell in (["simple"], ["medium"], ["expert"], ["simple", "expert"])
+]
+HUB_FLAGS = {
+    "bc": "--normalize-obs --hidden 256 256 --lr 3e-4",
+    "%bc": "--top-fraction 0.1 --normalize-obs --hidden 256 256 --lr 3e-4",
+    "cql": "--alpha 5 --samples 10 --hidden 256 256 256 --actor-lr 3e-5 --critic-lr 3e-4 "
+    "--polyak 0.005",
+    "iql": "--reward-scale return-range --expectile 0.7 --beta 3 --hidden 256 256 --lr 3e-4",
+    "awac": "--normalize-obs --reward-scale 1 --lam 0.333 --hidden 256 256 256 --lr 3e-4",
+    "bcq": "--hidden 256 256 --vae-hidden 256 256 --batch-size 100 --polyak 0.005",
+    "mopo": "--hidden 256 256 --model-hidden 200 200 200 200 --rollout-starts 50000 "
+    "--rollout-every 1000 --actor-lr 3e-4 --critic-lr 3e-4 --polyak 0.005",
+}
+
+
+@dataclass
+class Args:
+    methods: tuple[str, ...] = tuple(METHODS)  # names, see METHODS
+    datasets: tuple[str, ...] = DATASETS  # dataset ids
+    seeds: tuple[int, ...] = tuple(range(100, 110))  # no flag was tuned on them
+    workers: int = os.cpu_count() or 1  # processes, each with one thread
+    csv: str = str(Path(__file__).with_suffix(".csv"))  # one row a run
+    runs: str = "runs/returns"  # where the runs' folders are made
+    table: bool = False  # print the table and stop
+    minari: bool = False  # print the commands of the MuJoCo table and stop
+    ray: bool = False  # run on a Ray cluster in place of processes
+
+
+def main(args: Args):
+    if args.minari:
+        return print("\n".join(hub_commands()))
+    rows = read(args.csv)
+    if not args.table:
+        known = {(row["method"], row["dataset"], int(row["seed"])) for row in rows}
+        jobs = [
+            (method, dataset, seed)
+            for seed in args.seeds
+            for dataset in args.datasets
+            for method in args.methods
+            if not (method == "mopo" and dataset.startswith("cartpole"))  # Box actions only
+        ]
+        todo = [job for job in jobs if job not in known]
+        print(f"{len(jobs)} runs, {len(jobs) - len(todo)} of them are in {args.csv}")
+        began = time.perf_counter()
+        for count, row in enumerate((on_ray if args.ray else on_processes)(todo, args), 1):
+            rows.append(row)
+            write(args.csv, rows)
+            left = (time.perf_counter() - began) / count * (len(todo) - count)
+            what = f"{row['method']} on {row['dataset']}, seed {row['seed']}"
+            print(f"{count}/{len(todo)}, {left / 60:.0f} min left: {what}: {row['return_mean']}")
+    print(markdown(rows, args))
+
+
+def run(method, dataset, seed, folder):
+    """One training run -> its row. What an earlier, stopped process has left is gone on with."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    sys.path.insert(0, str(ROOT))
+    name, flags = METHODS[method]
+    module = importlib.import_module(name)
+    out_dir = f"{folder}/{method}__{dataset.replace('/', '-')}__s{seed}"
+    new = {"dataset_id": (dataset,), "seed": seed, "eval_every": 250, "out_dir": out_dir, **flags}
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        stopped = [x.parent for x in Path(out_dir).glob("*/checkpoint.pt")]
+        stopped = [x for x in stopped if not (x / "result.json").exists()]
+        args = module.Args(resume=str(stopped[0])) if stopped else module.Args(**new)
+        result = module.main(args)
+    metrics = max(Path(out_dir).glob("*/metrics.csv"), key=os.path.getmtime)
+    given = [f"--{k.replace('_', '-')} {v}" for k, v in flags.items()]
+    command = ["python", f"{name}.py", f"--dataset-id {dataset}", f"--seed {seed}", *given]
+    return {
+        "method": method,
+        **{name: result[name] for name in COLUMNS[1:7]},
+        "steady": steady(metrics, dataset),
+        **{name: result[name] for name in ("steps", "seconds")},
+        "command": " ".join(command),
+        "date": str(date.today()),
+        **{package: version(package) for package in ("torch", "numpy")},
+    }
+
+
+def steady(metrics, dataset):
+    """Share of the evaluations in the second half of the run that are not below the last one by
+    more than a tenth of the distance between random actions and the expert."""
+    with open(metrics) as file:
+        returns = [float(x["return_mean"]) for x in csv.DictReader(file) if x["return_mean"]]
+    scale = 1084.0 if dataset.startswith("pendulum") else 478.0
+    second_half = np.array(returns[len(returns) // 2 :])
+    return round(float((second_half > returns[-1] - 0.1 * scale).mean()), 3)
+
+
+def on_processes(jobs, args):
+    with ProcessPoolExecutor(args.workers) as pool:
+        for done in as_completed([pool.submit(run, *job, args.runs) for job in jobs]):
+            yield done.result()
+
+
+def on_ray(jobs, args):
+    """A run whose worker is killed starts again elsewhere, from its last checkpoint if the folder
+    of the runs is shared."""
+    import ray
+
+    ray.init(ignore_reinit_error=True)
+    remote = ray.remote(num_cpus=1, max_retries=3)(run)
+    waiting = [remote.remote(*job, str(Path(args.runs).absolute())) for job in jobs]
+    while waiting:
+        (done, *_), waiting = ray.wait(waiting)
+        yield ray.get(done)
+
+
+def read(path):
+    if not Path(path).exists():
+        return []
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+def write(path, rows):
+    rows = sorted(rows, key=lambda row: (row["dataset"], row["method"], int(row["seed"])))
+    with open(f"{path}.tmp", "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(f"{path}.tmp", path)
+
+
+def interquartile_mean(x):
+    """Mean of the middle half of (..., n), a quarter of n cut at either end with its fraction."""
+    x, n = np.sort(x, -1), np.shape(x)[-1]
+    edges = np.clip(np.arange(n + 1), n / 4, 3 * n / 4)  # the part of each value inside the middle
+    return x @ np.diff(edges) / (n / 2)
+
+
+def interval(x, statistic=np.mean, resamples=10_000):
+    """95% percentile bootstrap interval of a statistic over seeds, for (n,)."""
+    drawn = np.random.default_rng(0).choice(x, (resamples, len(x)))
+    return np.quantile(statistic(drawn, -1) if statistic is np.mean else statistic(drawn),
+                       [0.025, 0.975])  # fmt: skip
+
+
+def markdown(rows, args):
+    """Mean over seeds [its 95% interval], interquartile mean, share of steady evaluations."""
+    cells, data = defaultdict(list), {}
+    for row in rows:
+        if row["method"] in args.methods and int(row["seed"]) in args.seeds:
+            cells[row["method"], row["dataset"]].append(row)
+            data[row["dataset"]] = float(row["data_return_mean"])
+    lines = [f"| data | its return | {' | '.join(args.methods)} |"]
+    lines.append("|---|---|" + "---|" * len(args.methods))
+    for dataset in args.datasets:
+        if dataset not in data:
+            continue
+        line = f"| `{dataset}` | {data[dataset]:.0f} |"
+        for method in args.methods:
+            returns = np.array([float(x["return_mean"]) for x in cells[method, dataset]])
+            if not len(returns):
+                line += " Box only |" if method == "mopo" else " not run |"
+                continue
+            low, high = interval(returns)
+            line += f" {returns.mean():.0f} [{low:.0f}, {high:.0f}]"
+            line += f" ({len(returns)} seeds) |" if len(returns) < len(args.seeds) else " |"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def hub_commands():
+    for ids in HUB:
+        for method, flags in HUB_FLAGS.items():
+            for seed in range(100, 105):
+                yield (
+                    f"python {METHODS[method][0]}.py --dataset-id {' '.join(ids)} --seed {seed} "
+                    f"{flags} --steps 1000000 --log-every 5000 --eval-every 50000"
+                )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
