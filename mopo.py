@@ -91,7 +91,6 @@ from minari.data_collector import EpisodeBuffer
 from minari.serialization import deserialize_space, serialize_space
 from torch import nn
 from torch.distributions import Normal
-from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
 __version__ = "2.0.0"
@@ -108,6 +107,7 @@ class Args:
     eval_every: int = 1_000  # updates between two evaluations; 0: only the final one
     eval_episodes: int = 100  # of the final evaluation, a tenth of it along the way; 0: none
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # of the data and the networks
+    compile: bool = False  # the update as one graph: faster after a wait of about a minute
     out_dir: str = "runs"  # where the run's folder is made
     resume: str | None = None  # folder of a run to go on with; takes all other flags from there
     # Optimisation
@@ -180,8 +180,8 @@ class MOPO(nn.Module):
         self.critic_target = deepcopy(self.critic)
         self.log_temperature = nn.Parameter(torch.zeros(()))
         actor_parameters = [*self.policy.parameters(), self.log_temperature]
-        self.actor_optimizer = adam(actor_parameters, args.actor_lr)
-        self.critic_optimizer = adam(self.critic.parameters(), args.critic_lr)
+        self.actor_optimizer = Adam(actor_parameters, args.actor_lr)
+        self.critic_optimizer = Adam(self.critic.parameters(), args.critic_lr)
 
     def update(self, batch):
         """(4) to (8), all losses with the networks as before the update. Returns metrics as
@@ -385,7 +385,7 @@ def fit_ensemble(model, train, held_out, args):
     half = (high - low) / 2
     model.obs_range.copy_(torch.stack([low - half, high + half]))  # D1
     bounds = [model.max_logvar, model.min_logvar]
-    optimizer = adam([*model.net.parameters(), *bounds], args.model_lr)
+    optimizer = Adam([*model.net.parameters(), *bounds], args.model_lr)
     best, waited = deepcopy(model.net), 0
     best_error = torch.full((model.members,), math.inf, device=x.device)
     rows = torch.randint(len(x), (model.members, len(x)), device=x.device)
@@ -415,14 +415,13 @@ def fit_terminal(model, train, held_out, args):
         model.terminal_threshold.fill_(-model.never if len(ends) else model.never)
         return
     half = 128  # terminal ones in a batch, and others
-    optimizer = adam(model.terminal_net.parameters(), args.model_lr)
-    schedule = CosineAnnealingLR(optimizer, args.terminal_updates)  # or the last batches shift it
+    updates = args.terminal_updates  # the rate falls, or the last batches shift the classifier
+    optimizer = Adam(model.terminal_net.parameters(), args.model_lr, decay=updates)
     label = torch.cat([torch.ones(half), torch.zeros(half)]).to(ends.device)
-    for _ in tqdm(range(args.terminal_updates), "terminals", disable=None):
+    for _ in tqdm(range(updates), "terminals", disable=None):
         next_obs = torch.cat([x[torch.randint(len(x), (half,))] for x in (ends, others)])
         loss = F.binary_cross_entropy_with_logits(model.terminal_logit(next_obs), label)
         step(optimizer, loss)
-        schedule.step()
     # Few terminals are soon learned by heart: what their log odds are worth, held-out ones tell.
     calibrate(model, held_out if held_out.terminal.any() else train)
 
@@ -600,7 +599,6 @@ def terminals_table(model, batch):
 # ---- Plumbing, the same in every file: a reader of the method can stop here ----
 
 ALGORITHM = Path(__file__).stem
-adam = partial(torch.optim.Adam, fused=True)
 
 
 class MLP(nn.Module):
@@ -611,29 +609,68 @@ class MLP(nn.Module):
         self.activation = activation
         self.weight, self.bias = nn.ParameterList(), nn.ParameterList()
         for i, o in pairwise(sizes):  # initialised as torch.nn.Linear
-            self.weight.append(torch.empty(members, i, o).uniform_(-(i**-0.5), i**-0.5))
-            self.bias.append(torch.empty(members, 1, o).uniform_(-(i**-0.5), i**-0.5))
+            self.weight.append(torch.empty(members, o, i).uniform_(-(i**-0.5), i**-0.5))
+            self.bias.append(torch.empty(members, o, 1).uniform_(-(i**-0.5), i**-0.5))
 
     def forward(self, x):
-        x = x.expand(len(self.bias[0]), *x.shape[-2:])
+        x = x.mT.expand(len(self.bias[0]), *x.mT.shape[-2:])  # columns: thin layers are faster
         for layer, (weight, bias) in enumerate(zip(self.weight, self.bias, strict=True)):
-            x = torch.baddbmm(bias, self.activation(x) if layer else x, weight)
-        return x
+            x = torch.baddbmm(bias, weight, self.activation(x) if layer else x)
+        return x.mT
 
 
+class Adam(nn.Module):
+    """What torch.optim.Adam keeps, as a module: it is saved with the agent. The learning rate falls
+    to 0 along a cosine within `decay` steps."""
+
+    def __init__(self, parameters, lr, decay=math.inf):
+        super().__init__()
+        self.params, self.first_lr, self.decay = list(parameters), lr, decay
+        self.means = nn.ParameterList(torch.zeros_like(p) for p in self.params)
+        self.squares = nn.ParameterList(torch.zeros_like(p) for p in self.params)
+        self.register_buffer("count", self.params[0].new_zeros(()))
+        self.register_buffer("lr", self.params[0].new_tensor(lr))
+
+
+@torch.no_grad()
 def step(optimizer, loss):
-    """One gradient step; an actor's loss leaves no gradients in the critic that it goes through."""
-    parameters = optimizer.param_groups[0]["params"]
-    for p, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-        p.grad = gradient
-    optimizer.step()
+    """One step of Adam; an actor's loss leaves no gradients in the critic that it goes through."""
+    lr, count, params = optimizer.lr, optimizer.count, optimizer.params
+    means, squares = list(optimizer.means), list(optimizer.squares)
+    gradients = torch.autograd.grad(loss, params)
+    count += 1
+    if torch.compiler.is_compiling():  # one loop with what surrounds it
+        rest1, rest2 = (count * math.log(0.9)).exp(), (count * math.log(0.999)).exp()
+        for p, gradient, mean, square in zip(params, gradients, means, squares, strict=True):
+            mean.lerp_(gradient, 0.1)
+            square.lerp_(gradient**2, 0.001)
+            p -= lr / (1 - rest1) * mean / ((square / (1 - rest2)).sqrt() + 1e-8)
+    else:  # the same in one call
+        rates = {"lr": lr, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0, "eps": 1e-8}
+        counts, options = [count] * len(params), {"amsgrad": False, "maximize": False}
+        torch._fused_adam_(params, gradients, means, squares, [], counts, **rates, **options)
+    if optimizer.decay < math.inf:
+        lr.copy_(optimizer.first_lr * (1 + (count * (math.pi / optimizer.decay)).cos()) / 2)
+
+
+def compiled(update):
+    """`update` with gradients, Adam and targets as one graph, whose shapes are those of the first
+    call; on a GPU it is replayed without work on the CPU."""
+    with blaming("--compile"):
+        torch._inductor.cpp_builder.get_cpp_compiler()  # is there one?
+    torch._dynamo.config.trace_autograd_ops = True  # takes torch.autograd.grad into the graph
+
+    def detached(batch):
+        return {name: value.detach() for name, value in update(batch).items()}
+
+    mode = "reduce-overhead" if torch.cuda.is_available() else "default"
+    return torch.compile(detached, fullgraph=True, dynamic=False, mode=mode)
 
 
 @torch.no_grad()
 def polyak_update(target, source, rate):
     """target <- (1 - rate) target + rate source."""
-    for t, s in zip(target.parameters(), source.parameters(), strict=True):
-        t.lerp_(s, rate)
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), rate)
 
 
 def pick(values, index):
@@ -1011,6 +1048,7 @@ def use_cpu_well():
     slow, and products so small gain little from the second."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
+    torch.distributions.Distribution.set_default_validate_args(False)
     x = torch.linspace(0, 1, 256 * 256, device="cpu").view(256, 256)
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     exact = x.double() @ x.double()
@@ -1044,8 +1082,6 @@ class Run:
     def __init__(self, args, data, agent, state):
         self.args, self.data, self.agent, self.began = args, data, agent, time.perf_counter()
         self.policy = Policy(agent, data.units)
-        # Adam and schedules: what an agent has beside its networks and goes on with
-        self.optimizers = {k: x for k, x in vars(agent).items() if hasattr(x, "state_dict")}
         self.make_env = find_env(data, args.env_id) if args.eval_episodes else None
         self.step, self.metrics, self.returns = 0, [], []  # returns: of the last evaluation
         self.extra = {}  # whatever else a method must find again
@@ -1055,8 +1091,6 @@ class Run:
                 self.step, self.metrics = state["step"], state["metrics"]
                 self.returns, self.extra = state["returns"], state["extra"]
                 self.policy.load_state_dict(state["policy"])
-                for name, optimizer in self.optimizers.items():
-                    optimizer.load_state_dict(state["optimizers"][name])
                 torch.set_rng_state(state["rng"])
                 torch.cuda.set_rng_state_all(state["cuda_rng"])
         else:
@@ -1070,6 +1104,8 @@ class Run:
             write(self.folder / f"{ALGORITHM}.py", Path(__file__).read_bytes())
             write(self.folder / "args.json", facts.encode())
             self.save()  # so that there always is a checkpoint
+        if args.compile:
+            agent.update = compiled(agent.update)
         folder = shlex.quote(str(self.folder))
         Run.go_on = f"to go on: python {ALGORITHM}.py --resume {folder}"
         print(f"run folder {folder}", flush=True)
@@ -1086,7 +1122,6 @@ class Run:
             "metrics": self.metrics,
             "returns": self.returns,
             "policy": self.policy.state_dict(),
-            "optimizers": {name: x.state_dict() for name, x in self.optimizers.items()},
             "extra": self.extra,
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all(),
