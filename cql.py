@@ -412,18 +412,19 @@ def step(optimizer, loss):
         lr.copy_(optimizer.first_lr * (1 + (count * (math.pi / optimizer.decay)).cos()) / 2)
 
 
-def compiled(update):
-    """`update` with gradients, Adam and targets as one graph, whose shapes are those of the first
-    call; on a GPU it is replayed without work on the CPU."""
+def compiled(update, device):
+    """`update` as one graph with gradients, Adam and targets: equal but for rounding, on a GPU
+    replayed without work for the CPU. All batches have the shapes of the first."""
     with blaming("--compile"):
         torch._inductor.cpp_builder.get_cpp_compiler()  # is there one?
     torch._dynamo.config.trace_autograd_ops = True  # takes torch.autograd.grad into the graph
+    options = {"fallback_random": True, "cpp_wrapper": device == "cpu"}  # eager's random numbers
+    options["triton.cudagraphs"] = device != "cpu"
 
     def detached(batch):
         return {name: value.detach() for name, value in update(batch).items()}
 
-    mode = "reduce-overhead" if torch.cuda.is_available() else "default"
-    return torch.compile(detached, fullgraph=True, dynamic=False, mode=mode)
+    return torch.compile(detached, fullgraph=True, dynamic=False, options=options)
 
 
 @torch.no_grad()
@@ -864,7 +865,7 @@ class Run:
             write(self.folder / "args.json", facts.encode())
             self.save()  # so that there always is a checkpoint
         if args.compile:
-            agent.update = compiled(agent.update)
+            agent.update = compiled(agent.update, args.device)
         folder = shlex.quote(str(self.folder))
         Run.go_on = f"to go on: python {ALGORITHM}.py --resume {folder}"
         print(f"run folder {folder}", flush=True)

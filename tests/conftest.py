@@ -1,5 +1,5 @@
-"""What all tests share: the root on the path, one thread, no datasets of the machine's user, and
-no setting that a run in another test has left behind."""
+"""What all tests share: the root on the path, one thread, an empty folder to be in, no datasets of
+the machine's user, and no setting that a run in another test has left behind."""
 
 import sys
 from pathlib import Path
@@ -17,5 +17,7 @@ def empty_minari_root(tmp_path_factory, monkeypatch):
     """Built-in datasets come from memory, and tests can store their own ones."""
     root = tmp_path_factory.mktemp("minari")
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(root))
+    monkeypatch.chdir(tmp_path_factory.mktemp("here"))  # nothing is left in the checkout
     yield root
-    torch.backends.mkldnn.matmul.fp32_precision = "none"  # use_fast_matmul is for the process
+    torch.backends.mkldnn.matmul.fp32_precision = "none"  # use_cpu_well is for the process
+    torch.distributions.Distribution.set_default_validate_args(True)

@@ -52,18 +52,17 @@ def minimise(loss, parameters, steps=20):
 
 def stir(agent):
     """Moves all weights, so that targets differ from critics and mistakes show."""
-    for p in agent.parameters():
-        p.data += 0.3 * torch.randn_like(p)
+    for name, p in agent.named_parameters():
+        if "optimizer" not in name:
+            p.data += 0.3 * torch.randn_like(p)
     return agent
 
 
-def plain_descent(agent):
-    """Adam's first step is only the gradient's sign, which would hide most mistakes."""
-    for name, optimizer in list(vars(agent).items()):
-        if isinstance(optimizer, torch.optim.Optimizer):
-            (group,) = optimizer.param_groups
-            setattr(agent, name, torch.optim.SGD(group["params"], group["lr"]))
-    return agent
+def plain_descent(optimizer, loss):
+    """In place of Adam, whose first step is only the gradient's sign, which hides most mistakes."""
+    gradients = torch.autograd.grad(loss, optimizer.params)
+    for p, gradient in zip(optimizer.params, gradients, strict=True):
+        p.data -= optimizer.lr * gradient
 
 
 def resumes_bitwise(module, ids, saved, kill_at, tmp_path, monkeypatch, **flags):
@@ -155,10 +154,11 @@ def test_an_update_is_one_step_of_adam():
     torch.manual_seed(0)
     data = random_transitions(bc, False)
     agent = bc.Agent(data.units, bc.Args(hidden=(8,), lr=0.02))
-    before = [p.detach().clone() for p in agent.parameters()]
-    gradients = torch.autograd.grad(agent.actor_loss(data.transitions), [*agent.parameters()])
+    parameters = [*agent.policy.parameters()]
+    before = [p.detach().clone() for p in parameters]
+    gradients = torch.autograd.grad(agent.actor_loss(data.transitions), parameters)
     agent.update(data.transitions)
-    for p, old, g in zip(agent.parameters(), before, gradients, strict=True):
+    for p, old, g in zip(parameters, before, gradients, strict=True):
         assert torch.allclose(p, old - 0.02 * g / (g.abs() + 1e-8), atol=1e-5)
 
 
@@ -350,8 +350,8 @@ def test_the_deviation_is_bounded_and_in_all_but_cql_the_same_in_all_states(modu
     obs, log_std = torch.randn(5, 3), getattr(agent.policy, "log_std", None)
     for value, bound in ((-9.0, -5.0), (9.0, 2.0), (-4.9, -4.9), (1.9, 1.9)):
         if module is cql:
-            agent.policy.net.weight[-1].data[..., 2:] = 0
-            agent.policy.net.bias[-1].data[..., 2:] = value
+            agent.policy.net.weight[-1].data[:, 2:] = 0
+            agent.policy.net.bias[-1].data[:, 2:] = value
             std = agent.policy(obs).normal.stddev
         else:
             log_std.data.fill_(value)

@@ -3,7 +3,7 @@ COMBO on them, and runs."""
 
 import itertools
 import math
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -91,9 +91,9 @@ def test_the_loss_equals_equation_1_written_out():
     expected = 0.01 * (4 * 0.5 + 4 * 10)
     for i in range(7):
         h = (torch.cat([obs[i], action[i]], 1) - model.input_mean) / model.input_std
-        h = h @ model.net.weight[0][i] + model.net.bias[0][i]
+        h = h @ model.net.weight[0][i].T + model.net.bias[0][i].T
         h = h / (1 + (-h).exp())  # swish
-        h = h @ model.net.weight[1][i] + model.net.bias[1][i]
+        h = h @ model.net.weight[1][i].T + model.net.bias[1][i].T
         mean, logvar = h[:, :4], h[:, 4:]
         logvar = 0.5 - (0.5 - logvar).exp().add(1).log()
         logvar = -10 + (logvar + 10).exp().add(1).log()
@@ -118,7 +118,7 @@ def test_log_variance_is_bounded_and_monotone():
     with torch.no_grad():
         for p in model.net.parameters():
             p.zero_()
-        model.net.weight[0][:, 0, 2:] = 1.0  # log-variances before the bounds = s
+        model.net.weight[0][:, 2:, 0] = 1.0  # log-variances before the bounds = s
     s = torch.linspace(-100, 100, 2_001)[:, None]
     logvar = model(s, torch.zeros_like(s))[1].detach()[..., 0]
     slack = math.log1p(math.exp(-10 - 0.5))
@@ -136,7 +136,7 @@ def test_the_ensemble_recovers_a_linear_gaussian_system_and_its_noise():
     truth, data = linear_system(noise=0.3)
     flags = {"model_hidden": (), "model_lr": 1e-2, "batch_size": 32, "model_epochs": 10}
     model, held_out = fitted(data, **flags)
-    weight = model.net.weight[0][..., :3] / model.input_std[:, None]
+    weight = model.net.weight[0][:, :3].mT / model.input_std[:, None]
     assert (weight[model.elites].mean(0) - truth).abs().max() < 0.05
     batch = data.batch(held_out)
     std = (model(batch.obs, batch.action)[1] / 2).exp()[model.elites].mean((0, 1))
@@ -261,8 +261,8 @@ def constant_model(means, stds, **flags):
     model.min_logvar.data -= 20
     with torch.no_grad():
         model.net.weight[0].zero_()
-        model.net.bias[0][:, 0, :3] = torch.tensor(means)[:, None]
-        model.net.bias[0][:, 0, 3:] = 2 * torch.tensor(stds).log()[:, None]
+        model.net.bias[0][:, :3, 0] = torch.tensor(means)[:, None]
+        model.net.bias[0][:, 3:, 0] = 2 * torch.tensor(stds).log()[:, None]
     return model
 
 
@@ -509,6 +509,7 @@ def test_a_step_is_a_sample_of_one_elite_per_row():
 
 def test_an_imagined_state_stays_within_twice_the_range_of_the_data(monkeypatch):
     _, data = linear_system(size=500, episode_length=20)
+    data.transitions.next_obs[:, 0] += 5  # s' counts too
     model, held_out = fitted(data, model_epochs=1)
     train = torch.ones(500, dtype=torch.bool)
     train[held_out] = False
@@ -519,7 +520,7 @@ def test_an_imagined_state_stays_within_twice_the_range_of_the_data(monkeypatch)
     asked = []
     monkeypatch.setattr(model, "terminal_logit", lambda s: asked.append(s) or s[:, 0])
     for jump, ends in ((1e3, high), (-1e3, low)):
-        model.net.bias[-1].data[..., :2] = jump
+        model.net.bias[-1].data[:, :2] = jump
         _, next_obs, *_ = model.imagine(torch.zeros(50, 2), torch.zeros(50, 1))
         assert torch.allclose(next_obs, ends.expand(50, 2))
         assert torch.equal(asked.pop(), next_obs)  # it is judged where it is
@@ -674,8 +675,8 @@ def clone(module):
 def forward(weights, x):
     """An MLP with one hidden layer from w0, w1, b0, b1, by the same products as torch's bmm."""
     w0, w1, b0, b1 = weights
-    x = torch.baddbmm(b0, x.expand(len(w0), *x.shape[-2:]), w0).relu()
-    return torch.baddbmm(b1, x, w1)
+    x = torch.baddbmm(b0, w0, x.mT.expand(len(w0), *x.mT.shape[-2:])).relu()
+    return torch.baddbmm(b1, w1, x).mT
 
 
 def same(tensors, module):
@@ -692,8 +693,9 @@ def test_updates_are_those_of_sac_and_of_combo_written_out(beta):
         x.data += 0.1 * torch.randn_like(x)  # not the critic
     q, q_target, pi = map(clone, (agent.critic, agent.critic_target, agent.policy))
     log_temperature = torch.zeros((), requires_grad=True)
-    q_optimizer = torch.optim.Adam(q, lr=2e-3, fused=True)
-    pi_optimizer = torch.optim.Adam([*pi, log_temperature], lr=3e-4, fused=True)
+    optimizer = partial(torch.optim.Adam, fused=True)
+    q_optimizer = optimizer(q, torch.tensor(2e-3))
+    pi_optimizer = optimizer([*pi, log_temperature], torch.tensor(3e-4))
 
     def sample(obs, shape=()):
         mean, log_std = forward(pi, obs)[0].chunk(2, -1)
@@ -704,7 +706,7 @@ def test_updates_are_those_of_sac_and_of_combo_written_out(beta):
 
     def q_value(weights, obs, action):
         x = torch.cat([obs, action], -1)
-        return forward(weights, x.flatten(0, -2))[..., 0].view(2, *x.shape[:-1])
+        return forward(weights, x.flatten(0, -2)).reshape(2, *x.shape[:-1])
 
     for seed in range(5):
         torch.manual_seed(seed)
@@ -895,9 +897,9 @@ def perfect_model(noise=0.1):
     model.min_logvar.data -= 20
     with torch.no_grad():
         model.net.weight[0].zero_()
-        model.net.weight[0][..., :3] = truth
-        model.net.bias[0][..., :3] = 0
-        model.net.bias[0][..., 3:] = 2 * math.log(noise or 1e-3)
+        model.net.weight[0][:, :3] = truth.T
+        model.net.bias[0][:, :3] = 0
+        model.net.bias[0][:, 3:] = 2 * math.log(noise or 1e-3)
     return model, data, truth
 
 
