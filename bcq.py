@@ -9,11 +9,11 @@ The maximum in Q-learning's target picks the actions whose value the critic over
 offline those are out-of-distribution actions, which no data correct: extrapolation error. BCQ first
 learns which actions the data contain in a state, and then takes the maximum over these only.
 
-  python bcq.py                                   Pendulum, a return of about -160
+  python bcq.py                                   Pendulum, a return of about -145
   python bcq.py --dataset-id cartpole/mixed-v0    Discrete actions; --threshold 0: double DQN
   python bcq.py --dataset-id mujoco/hopper/medium-v0 --hidden 400 300 --vae-hidden 750 750 \
-    --batch-size 100 --polyak 0.005 --steps 1000000 --log-every 5000 --eval-every 50000
-                                                  MuJoCo, the official code's settings, hours
+    --phi 0.05 --reward-scale 1 --batch-size 100 --polyak 0.005 --steps 1000000 \
+    --log-every 5000 --eval-every 50000           MuJoCo, the official code's settings, hours
 The defaults are tuned for the built-in data.
 
 s, a_data, r, s' are data, Q' and net' lagging copies of Q and net. The papers' tau is --threshold,
@@ -49,6 +49,7 @@ Differs from the papers:
   D4 The last term of (5) is the official code's alone.
   D5 So are the means and the 1/2 of (6): they make it the evidence lower bound of a decoder with
      noise of std 0.35. Where a state's actions have a smaller std, all its b_i are their mean.
+  D6 All learning rates fall to 0 along a cosine: with constant ones a run ends less steadily.
 
 Papers: Fujimoto, Meger, Precup (2019), arXiv 1812.02900, Box; Fujimoto, Conti, Ghavamzadeh, Pineau
 (2019), arXiv 1910.01708, Discrete. Written from them; no code from elsewhere.
@@ -103,17 +104,17 @@ class Args:
     out_dir: str = "runs"  # where the run's folder is made
     resume: str | None = None  # folder of a run to go on with; takes all other flags from there
     # Optimisation
-    batch_size: int = 256  # N, transitions per update
+    batch_size: int = 128  # N, transitions per update
     hidden: tuple[int, ...] = (128, 128)  # widths of the hidden layers, for example 256 256
     lr: float = 1e-3  # learning rate of all networks
     gamma: float = 0.99  # discount
     polyak: float = 0.02  # rate of the target networks: Q' <- (1 - polyak) Q' + polyak Q
     normalize_obs: bool = False  # standardise observations by the dataset's mean and deviation
-    reward_scale: float | Literal["return-range"] = 1.0  # or 1000 / (largest - smallest return)
+    reward_scale: float | Literal["return-range"] = 0.03  # or 1000 / (largest - smallest return)
     reward_shift: float = 0.0  # added to the scaled rewards; a new task where episodes terminate
     # BCQ
     threshold: float = 0.5  # in (1); 0: all actions, plain double DQN; 1: the likeliest (Discrete)
-    phi: float = 0.05  # in (7): the largest perturbation, in units of [-1, 1]; 0: none (Box)
+    phi: float = 0.2  # in (7): the largest perturbation, in units of [-1, 1]; 0: none (Box)
     soft_min: float = 0.75  # in (8): weight of the smaller Q', the larger one has the rest (Box)
     target_samples: int = 10  # n in (8): candidates per next state; more are more optimistic (Box)
     act_samples: int = 100  # n in (11): candidates when acting (Box)
@@ -148,7 +149,7 @@ class DiscreteBCQ(nn.Module):
         self.critic = PerAction(units, args.hidden)
         self.critic_target = deepcopy(self.critic)
         networks = [*self.critic.parameters(), *self.classifier.parameters()]
-        self.optimizer = Adam(networks, args.lr)
+        self.optimizer = Adam(networks, args.lr, decay=args.steps)  # D6
 
     def update(self, batch):
         """(3) to (5). Returns metrics as tensors: nothing waits for the device."""
@@ -215,9 +216,10 @@ class ContinuousBCQ(nn.Module):
         self.perturbation_target = deepcopy(self.perturbation)
         self.critic = TwinCritic(units, args.hidden)
         self.critic_target = deepcopy(self.critic)
-        self.vae_optimizer = Adam(self.vae.parameters(), args.lr)
-        self.critic_optimizer = Adam(self.critic.parameters(), args.lr)
-        self.actor_optimizer = Adam(self.perturbation.parameters(), args.lr)
+        rate = {"lr": args.lr, "decay": args.steps}  # D6
+        self.vae_optimizer = Adam(self.vae.parameters(), **rate)
+        self.critic_optimizer = Adam(self.critic.parameters(), **rate)
+        self.actor_optimizer = Adam(self.perturbation.parameters(), **rate)
 
     def update(self, batch):
         """(6), (8) to (10), each with the networks as the steps before have left them. Returns

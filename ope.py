@@ -116,15 +116,15 @@ def main(args: Args) -> dict:
     """Prints a table and a verdict for each policy, and a ranking; returns {name: Report}."""
     check_args(args)
     use_cpu_well()
-    torch.manual_seed(args.seed)
     if args.run or args.policy:
         data, policies = load(args)
     else:
+        print("built-in example: 1000 episodes of CartPole by a controller that often acts at "
+              "random, gain 5; what would it earn with gain 12?")  # fmt: skip
         args = replace(args, verify=True, horizon=args.horizon or 50)
-        print("built-in example: 1000 episodes of CartPole by a controller that often acts at random, "
-              "gain 5; what would it earn with gain 12?")  # fmt: skip
         data, policies = example(args)
     make_env = find_env(data, args.env_id) if args.verify else None
+    torch.manual_seed(args.seed)
     log = Log(data, args)
     reports = []
     for policy in policies:
@@ -310,14 +310,15 @@ def fqe_estimate(members, log):
     """J of (9), the mean of V_T(s_0) (n, 4, 2). The halves of a pair are independent: half the
     difference d of what two members say is as large as the error of all episodes together. So the
     variance is the mean of d^2 over the 4 pairs, plus that of the first states; of the gain over
-    the logged policy, where a half's own first states and returns are paired, mean d^2 alone."""
+    the logged policy, where a half's own first states and returns are paired, mean d^2 alone. To
+    both comes the square of its error on the logged policy, which all members share."""
     d = (members[..., 0] - members[..., 1]).mean(0) / 2  # (4,)
     fold, gains = log.fold.cpu().numpy(), members - log.returns[:, None, None]
     seen = np.stack([fold == 0, fold == 1], -1)  # (n, 4, 2)
     seen_gain = (gains * seen).sum(0) / seen.sum(0)  # (4, 2)
     d_gain = (seen_gain[:, 0] - seen_gain[:, 1]) / 2
     variance = (d**2).mean() + members.mean((1, 2)).var(ddof=1) / log.n, (d_gain**2).mean()
-    half, half_gain = t_quantile(0.975, 4) * np.sqrt(variance)
+    half, half_gain = t_quantile(0.975, 4) * np.sqrt(np.add(variance, log.errors["FQE"] ** 2))
     value, gain = members.mean(), gains.mean()
     return Estimate(value, value - half, value + half, (gain, gain - half_gain, gain + half_gain))
 
@@ -435,7 +436,7 @@ class Log:
         self.behavior, self.estimated_log_prob = fit_behavior(self, args)
         self.behavior_log_prob = self.known_log_prob(data.behavior_log_prob)
         self.model = WorldModel(self, args).to(self.device).fit(self, args)
-        self.missed = missed(self, args)
+        self.errors = errors_on_logged(self, args)
 
     def vector(self, action):
         """Actions as networks take them in: (M, A), one-hot for Discrete."""
@@ -446,8 +447,8 @@ class Log:
         return np.where(self.inside, x[self.index.cpu().numpy()], after)
 
     def ratio(self, log_pi, log_behavior):
-        """(n, T), 1 after the end."""
-        return np.exp(self.padded(log_pi - log_behavior))
+        """(n, T), 1 after the end; a single one above 1e304 is cut to that."""
+        return np.exp(self.padded(np.minimum(log_pi - log_behavior, 700)))
 
     def known_log_prob(self, logged):
         """log pi_b (M,) in network units: as logged, where it was, else estimated."""
@@ -464,6 +465,9 @@ class Log:
         missing = np.isnan(logged).mean()
         note = f"behaviour policy estimated from the data for {missing:.0%} of the steps"
         self.notes.append(note if missing else "behaviour policy as logged")
+        if self.args.run and self.args.policy_mode == "stochastic":
+            self.notes.append("judged is the policy that draws its actions; the training files "
+                              "report the deterministic one")  # fmt: skip
         return np.where(np.isnan(logged), self.estimated_log_prob, logged)
 
 
@@ -486,15 +490,12 @@ def known_steps(length, terminated, horizon):
     return int(T), notes
 
 
-def missed(log, args):
-    """{"FQE", "model": what it says of the logged policy, as estimated} for those that miss what it
-    has earned in the logs by more than 2% and 3 standard errors."""
+def errors_on_logged(log, args):
+    """{"FQE", "model": by how much they miss what the logged policy, as estimated, has earned}."""
     critic = fit_q(log, log.behavior, log.fold[:, :1], args)
     said = {"FQE": cross_fitted(log, log.behavior, critic)[2].mean()}
     said["model"] = log.model.rollout(log, log.behavior).mean()
-    earned, error = log.returns.mean(), log.returns.std() / math.sqrt(log.n)
-    slack = 0.02 * abs(earned) + 3 * error
-    return {name: x for name, x in said.items() if not abs(x - earned) <= slack}
+    return {name: x - log.returns.mean() for name, x in said.items()}
 
 
 # ---- FQE, the model, the behaviour policy
@@ -533,8 +534,8 @@ def fit_q(log, policy, fold, args):
     next_action, next_weight = policy.support(log.next_obs)  # (M, K, A), (M, K)
     reward, terminal = log.transitions.reward, log.transitions.terminal
     critic = QNetwork(len(halves), log, args).to(log.device)
-    optimizer = adam(critic.parameters(), args.lr)
-    for update in range(args.steps):
+    optimizer = Adam(critic.parameters(), args.lr, args.steps)
+    for _ in range(args.steps):
         i = [x[torch.randint(len(x), (args.batch_size,), device=log.device)] for x in halves]
         i = torch.stack(i)  # (E, N)
         h = torch.randint(1, log.horizon + 1, i.shape, device=log.device)
@@ -543,7 +544,6 @@ def fit_q(log, policy, fold, args):
             y = reward[i] + log.gamma * (1 - terminal[i]) * v
         error = (critic(log.obs[i], log.action[i], h) - y) / (critic.annuity[h] * critic.scale)
         assert error.shape == (len(halves), args.batch_size)
-        anneal(optimizer, args, update)
         step(optimizer, (error**2).mean(1).sum())
     return critic
 
@@ -590,13 +590,13 @@ class WorldModel(nn.Module):
         return y[:, :-1], y[:, -1]
 
     def fit(self, log, args):
-        optimizer, change = adam(self.parameters(), args.lr), self.change(self.changes(log))
-        for update in range(args.steps):
+        optimizer = Adam(self.parameters(), args.lr, args.steps)
+        change = self.change(self.changes(log))
+        for _ in range(args.steps):
             i = torch.randint(len(change), (args.batch_size,), device=log.device)
             predicted, logit = self(log.obs[i], log.action[i])
             error = predicted - change[i]
             assert error.shape == change[i].shape and logit.shape == i.shape
-            anneal(optimizer, args, update)
             ended = F.binary_cross_entropy_with_logits(logit, log.transitions.terminal[i])
             step(optimizer, (error**2).mean() + ended)
         return self
@@ -667,12 +667,12 @@ def fit_behavior(log, args):
     behavior, action = Behavior(log, args).to(log.device), log.transitions.action
     held_out = (torch.randperm(log.n, device=log.device) < log.n // 10)[log.episode]
     train, held_out = torch.nonzero(~held_out)[:, 0], torch.nonzero(held_out)[:, 0]
-    optimizer, best, best_loss = adam(behavior.parameters(), args.lr), None, math.inf
+    optimizer = Adam(behavior.parameters(), args.lr, args.steps)
+    best, best_loss = None, math.inf
     for update in range(args.steps):
         i = train[torch.randint(len(train), (args.batch_size,), device=log.device)]
         log_prob = behavior(log.obs[i]).log_prob(action[i])
         assert log_prob.shape == i.shape
-        anneal(optimizer, args, update)
         step(optimizer, -log_prob.mean())
         if update % 100 == 99 or update == args.steps - 1:
             with torch.no_grad():
@@ -705,7 +705,8 @@ def verdict(report):
       2. Ratios say nothing if there are none, if no episode follows the policy, if the mean weight
          is above 10 or more than 3 standard errors from 1, if the effective sample size is below 10
          or one episode has above half of the weight.
-      3. FQE and the model have no vote if they miss what the logged policy earned (`missed`).
+      3. FQE and the model have no vote if they miss what the logged policy earned by more than 2%
+         and 3 standard errors together.
       4. Without ratios at best a hint: if FQE has a vote, and the model's value is in its interval,
          or at most a tenth of the std of the logged returns outside.
       5. PDWIS, WDR and FQE agree: believe WDR, with care if the effective sample size is below 50.
@@ -719,14 +720,16 @@ def verdict(report):
             "trained on these very episodes, so that every estimate is too good: believe none; "
             "train on --dataset-id 'ID[:80%]' and judge by the rest"
         )
-    lost = [f"{k} says {x:.4g} for the logged policy: no vote" for k, x in log.missed.items()]
+    slack = 0.02 * abs(log.returns.mean()) + 3 * log.returns.std() / math.sqrt(log.n)
+    voiceless = [name for name, x in log.errors.items() if not abs(x) <= slack]
+    lost = [f"{k} misses the logged policy by {log.errors[k]:+.3g}: no vote" for k in voiceless]
     if report.problem:
         near = max(e["FQE"].low - e["model"].value, e["model"].value - e["FQE"].high)
         if lost or near > 0.1 * log.returns.std():
             lost = lost or ["FQE and the model disagree"]
             return f"{'; '.join([report.problem, *lost])}: believe none of these"
         return f"{report.problem}; FQE and the model agree: a hint, no more: FQE, {gain(e['FQE'])}"
-    votes = ["PDWIS", "WDR", *(["FQE"] if "FQE" not in log.missed else [])]
+    votes = ["PDWIS", "WDR", *(["FQE"] if "FQE" not in voiceless else [])]
     apart = [
         f"{a} and {b} disagree"
         for a, b in combinations(votes, 2)
@@ -844,10 +847,10 @@ def run_policy(name, policy, args, **facts):
 
     def pi(obs):
         obs = units.obs(obs)
+        if without and units.discrete:
+            return Probabilities(F.one_hot(agent.act(obs, True), units.action_dim).double())
         if without:
-            action = agent.act(obs, deterministic)
-            one_hot = F.one_hot(action, units.action_dim).double() if units.discrete else None
-            return Probabilities(one_hot) if units.discrete else Samples(action)
+            return Samples(agent.act(obs, deterministic))
         pi = agent.policy(obs)
         if units.discrete:
             return pi
@@ -1028,10 +1031,6 @@ def true_value(policy, make_env, episodes, log):
     return returns.mean(), returns.std(ddof=1) / math.sqrt(episodes)
 
 
-def anneal(optimizer, args, update):
-    optimizer.param_groups[0]["lr"] = args.lr * (1 - update / args.steps)
-
-
 def chunked(f, *arrays, size=10_000):
     """f of rows, for no more than so many at once."""
     starts = range(0, len(arrays[0]), size)
@@ -1109,8 +1108,6 @@ def command_line():
 
 # ---- Plumbing, the same in every file: a reader of the method can stop here ----
 
-adam = partial(torch.optim.Adam, fused=True)
-
 
 class MLP(nn.Module):
     """Networks side by side: x (N, I) for all, or (members, N, I) -> (members, N, O)."""
@@ -1120,22 +1117,48 @@ class MLP(nn.Module):
         self.activation = activation
         self.weight, self.bias = nn.ParameterList(), nn.ParameterList()
         for i, o in pairwise(sizes):  # initialised as torch.nn.Linear
-            self.weight.append(torch.empty(members, i, o).uniform_(-(i**-0.5), i**-0.5))
-            self.bias.append(torch.empty(members, 1, o).uniform_(-(i**-0.5), i**-0.5))
+            self.weight.append(torch.empty(members, o, i).uniform_(-(i**-0.5), i**-0.5))
+            self.bias.append(torch.empty(members, o, 1).uniform_(-(i**-0.5), i**-0.5))
 
     def forward(self, x):
-        x = x.expand(len(self.bias[0]), *x.shape[-2:])
+        x = x.mT.expand(len(self.bias[0]), *x.mT.shape[-2:])  # columns: thin layers are faster
         for layer, (weight, bias) in enumerate(zip(self.weight, self.bias, strict=True)):
-            x = torch.baddbmm(bias, self.activation(x) if layer else x, weight)
-        return x
+            x = torch.baddbmm(bias, weight, self.activation(x) if layer else x)
+        return x.mT
 
 
+class Adam(nn.Module):
+    """What torch.optim.Adam keeps, as a module: it is saved with the agent. The learning rate falls
+    to 0 along a cosine within `decay` steps."""
+
+    def __init__(self, parameters, lr, decay=math.inf):
+        super().__init__()
+        self.params, self.first_lr, self.decay = list(parameters), lr, decay
+        self.means = nn.ParameterList(torch.zeros_like(p) for p in self.params)
+        self.squares = nn.ParameterList(torch.zeros_like(p) for p in self.params)
+        self.register_buffer("count", self.params[0].new_zeros(()))
+        self.register_buffer("lr", self.params[0].new_tensor(lr))
+
+
+@torch.no_grad()
 def step(optimizer, loss):
-    """One gradient step; an actor's loss leaves no gradients in the critic that it goes through."""
-    parameters = optimizer.param_groups[0]["params"]
-    for p, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-        p.grad = gradient
-    optimizer.step()
+    """One step of Adam; an actor's loss leaves no gradients in the critic that it goes through."""
+    lr, count, params = optimizer.lr, optimizer.count, optimizer.params
+    means, squares = list(optimizer.means), list(optimizer.squares)
+    gradients = torch.autograd.grad(loss, params)
+    count += 1
+    if torch.compiler.is_compiling():  # one loop with what surrounds it
+        rest1, rest2 = (count * math.log(0.9)).exp(), (count * math.log(0.999)).exp()
+        for p, gradient, mean, square in zip(params, gradients, means, squares, strict=True):
+            mean.lerp_(gradient, 0.1)
+            square.lerp_(gradient**2, 0.001)
+            p -= lr / (1 - rest1) * mean / ((square / (1 - rest2)).sqrt() + 1e-8)
+    else:  # the same in one call
+        rates = {"lr": lr, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0, "eps": 1e-8}
+        counts, options = [count] * len(params), {"amsgrad": False, "maximize": False}
+        torch._fused_adam_(params, gradients, means, squares, [], counts, **rates, **options)
+    if optimizer.decay < math.inf:
+        lr.copy_(optimizer.first_lr * (1 + (count * (math.pi / optimizer.decay)).cos()) / 2)
 
 
 def pick(values, index):
@@ -1451,6 +1474,7 @@ def use_cpu_well():
     slow, and products so small gain little from the second."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
+    torch.distributions.Distribution.set_default_validate_args(False)
     x = torch.linspace(0, 1, 256 * 256, device="cpu").view(256, 256)
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     exact = x.double() @ x.double()

@@ -64,7 +64,8 @@ HUB_FLAGS = {
     "--polyak 0.005",
     "iql": "--reward-scale return-range --expectile 0.7 --beta 3 --hidden 256 256 --lr 3e-4",
     "awac": "--normalize-obs --reward-scale 1 --lam 0.333 --hidden 256 256 256 --lr 3e-4",
-    "bcq": "--hidden 256 256 --vae-hidden 256 256 --batch-size 100 --polyak 0.005",
+    "bcq": "--hidden 256 256 --vae-hidden 256 256 --batch-size 100 --polyak 0.005 --phi 0.05 "
+    "--reward-scale 1",
     "mopo": "--hidden 256 256 --model-hidden 200 200 200 200 --rollout-starts 50000 "
     "--rollout-every 1000 --actor-lr 3e-4 --critic-lr 3e-4 --polyak 0.005",
 }

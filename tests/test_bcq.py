@@ -25,7 +25,7 @@ def discrete_agent(states=3, actions=2, **flags):
 
 def continuous_agent(dim=1, **flags):
     units = Units(BOX, spaces.Box(-1, 1, (dim,), np.float32))
-    return Agent(units, Args(**{"hidden": (16,), "vae_hidden": (16,)} | flags))
+    return Agent(units, Args(**{"hidden": (16,), "vae_hidden": (12,)} | flags))
 
 
 def random_batch(agent, n=8, terminal=None):
@@ -272,8 +272,8 @@ def test_the_fixed_point_is_value_iteration_over_the_allowed_actions():
     ratio = COUNTS / COUNTS.amax(1, keepdim=True)
     for threshold in (1.0, 0.55, 0.25, 0.0):
         torch.manual_seed(0)
-        agent = discrete_agent(4, 3, threshold=threshold, gamma=0.6, lr=5e-2, polyak=0.5)
-        trained(trained(agent, batch, 300), batch, 100, lr=5e-3)
+        agent = discrete_agent(4, 3, threshold=threshold, gamma=0.6, lr=3e-2, polyak=0.5)
+        trained(trained(agent, batch, 300), batch, 150, lr=5e-3)
         allowed = ratio >= threshold
         assert torch.equal(agent.allowed(EYE_4), allowed)
         v = value_iteration(allowed, 0.6)
@@ -463,6 +463,14 @@ def test_more_candidates_never_lower_the_target():
 
 
 # ---- Continuous: the VAE ----
+
+
+def test_the_sizes_of_the_networks():
+    agent = continuous_agent(dim=3, hidden=(5,), vae_hidden=(7,))
+    nets = agent.critic.net, agent.perturbation.net, agent.vae.encoder, agent.vae.decoder
+    sizes = [[(w.shape[2], w.shape[1]) for w in net.weight] for net in nets]
+    assert sizes[:2] == [[(6, 5), (5, 1)], [(6, 5), (5, 3)]]
+    assert sizes[2:] == [[(6, 7), (7, 2 * 6)], [(3 + 6, 7), (7, 3)]]  # Z = 2 A, mean and std each
 
 
 def test_kl_and_reconstruction_equal_their_closed_forms():
@@ -684,7 +692,8 @@ def test_the_actors_step_moves_the_perturbation_alone():
 
 
 def test_continuous_metrics_by_hand():
-    """Candidates s_1 and s_1 + 0.2, pushed down by tanh(-0.5) phi; Q_1 likes the larger one."""
+    """Candidates s_1 and s_1 + 0.2, pushed down by tanh(-0.5) phi; Q_1 likes the larger one. Where
+    s_1 is at the bound nothing can push it."""
     agent = continuous_agent(target_samples=2, act_samples=2, phi=0.1)
     agent.vae.sample = lambda obs: obs[..., :1] + torch.arange(obs.shape[1])[:, None] * 0.2
     constant(agent.perturbation.net, -0.5)
@@ -695,6 +704,7 @@ def test_continuous_metrics_by_hand():
     )
     agent.critic_target = Function(*2 * [lambda obs, action: 0 * obs[..., 0] - 50])
     batch = random_batch(agent)._replace(obs=torch.rand(8, 3) - 0.5)
+    batch.obs[:4, 0] = -1
     action, move = batch.obs[:, :1] + 0.2 - 0.1 * math.tanh(0.5), 0.1 * math.tanh(0.5)
     metrics = {name: x.item() for name, x in agent.diagnose(batch).items()}
     expected = {
@@ -702,7 +712,7 @@ def test_continuous_metrics_by_hand():
         "q_policy": (2 * action[:, 0] + batch.obs[:, 1]).mean().item(),
         "action_distance": ((action - batch.action) ** 2).mean().sqrt().item(),
         "spread": 0.1,
-        "perturbation": move,
+        "perturbation": 0.75 * move,
     }
     assert metrics == pytest.approx(expected, abs=1e-5)
 
@@ -789,8 +799,11 @@ def test_health_says_what_makes_q_fall_or_rise(dataset, too_high, too_low):
     ):
         line = bcq.health({"q_data": q_data, "q_policy": q_policy}, data, Args())
         assert line.endswith(advice)
-    good = {"q_data": 0.0, "q_policy": 0.0}
-    assert "--" not in bcq.health(good, data, Args())
+    reward, good = data.transitions.reward, {"q_data": 0.0, "q_policy": 0.0}
+    for gamma in (0.9, 0.99):
+        low, high = reward.min().clamp(max=0) / (1 - gamma), reward.max().clamp(min=0) / (1 - gamma)
+        line = bcq.health(good, data, Args(gamma=gamma))
+        assert line.endswith(f"possible are {low.item():.4g} to {high.item():.4g}")
 
 
 def test_the_defaults_are_the_papers_but_for_the_threshold():

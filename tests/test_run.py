@@ -1,10 +1,13 @@
 """What every training file does beside learning: flags, the run's folder, resuming, evaluation, the
-trained policy. Each test runs for every training file that exists and for the action spaces that
-the file supports, with networks, datasets and runs that are as small as can be."""
+trained policy. The plumbing is the same text in every file (test_copies.py), so that cql.py stands
+for all; what an agent takes part in runs for every file and for the action spaces that it supports,
+with networks, datasets and runs that are as small as can be."""
 
+import contextlib
 import csv
 import importlib
 import importlib.util
+import io
 import json
 import math
 import os
@@ -16,6 +19,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, fields
+from pathlib import Path
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -27,9 +31,12 @@ from gymnasium import spaces
 from minari.data_collector import EpisodeBuffer
 from test_copies import ROOT, TRAINING
 
-FILES = [name for name in TRAINING if (ROOT / name).exists()]
+import cql
+from cql import UserError
+
 BOX_ONLY = {"mopo.py"}
-CASES = [(f, k) for f in FILES for k in ("box", "discrete") if k == "box" or f not in BOX_ONLY]
+CASES = [(f, k) for f in TRAINING for k in ("box", "discrete") if k == "box" or f not in BOX_ONLY]
+ONLINE = [(f, k) for f in ("iql.py", "awac.py") for k in ("box online", "discrete online")]
 ENVS = {"box": "Pendulum-v1", "discrete": "CartPole-v1"}
 pytestmark = pytest.mark.filterwarnings("ignore")  # Minari asks for an author and the like
 
@@ -46,6 +53,7 @@ TINY = {  # whatever of these a file has
     "act_samples": 4,
     "model_hidden": (8,),
     "model_epochs": 2,
+    "terminal_updates": 10,
     "rollout_length": 2,
     "rollout_starts": 16,
     "rollout_every": 6,
@@ -55,10 +63,6 @@ TINY = {  # whatever of these a file has
 
 def module(file):
     return importlib.import_module(file.removesuffix(".py"))
-
-
-def has_flag(file, name):
-    return name in {field.name for field in fields(module(file).Args)}
 
 
 # ---- Datasets ----
@@ -97,9 +101,10 @@ def collect(env, episodes, seed=0):
             ended = terminated or truncated
         if isinstance(obs[0], dict):
             obs = {key: np.array([o[key] for o in obs]) for key in obs[0]}
+        else:
+            obs = np.array(obs)
         columns = (np.array(column) for column in zip(*rows, strict=True))
-        yield EpisodeBuffer(None, None, None, np.array(obs) if isinstance(obs, list) else obs,
-                            *columns, {})  # fmt: skip
+        yield EpisodeBuffer(None, None, None, obs, *columns, {})
 
 
 @pytest.fixture(scope="module")
@@ -108,10 +113,10 @@ def stored(tmp_path_factory):
     root = tmp_path_factory.mktemp("stored")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINARI_DATASETS_PATH", str(root))
+        store = minari.create_dataset_from_buffers
         for kind, env_id in ENVS.items():
             env = gym.make(env_id, max_episode_steps=12)
             extra = {"env": env.spec, "ref_min_score": -99.0, "ref_max_score": 101.0}
-            store = minari.create_dataset_from_buffers
             store(f"lab/{kind}-v0", list(collect(env, 8)), **extra)
             store(f"lab/{kind}-more-v0", list(collect(env, 4, seed=50)), **extra)
             bare = {"observation_space": env.observation_space, "action_space": env.action_space}
@@ -126,8 +131,14 @@ def stored_root(stored, empty_minari_root, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(stored))
 
 
+def has_flag(file, name):
+    return name in {field.name for field in fields(module(file).Args)}
+
+
 def args_for(file, kind, out_dir, **flags):
+    kind, _, online = kind.partition(" ")
     tiny = {name: value for name, value in TINY.items() if has_flag(file, name)}
+    tiny |= {"online_steps": 30} if online else {}
     given = {"dataset_id": (f"lab/{kind}-v0",), "out_dir": str(out_dir)} | tiny | flags
     return module(file).Args(**given)
 
@@ -138,6 +149,36 @@ def run(file, kind, out_dir, **flags):
     result = module(file).main(args_for(file, kind, out_dir, **flags))
     (folder,) = set(out_dir.iterdir()) - before
     return result, folder
+
+
+@pytest.fixture(scope="module")
+def usual(stored, tmp_path_factory):
+    """The run of a file with the flags of TINY, made once: its result, its folder, what it printed
+    and how many optimiser steps it took."""
+    found = {}
+
+    def of(file, kind):
+        if (file, kind) not in found:
+            steps, printed = [], io.StringIO()
+            with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+                count_steps(file, patch, steps.append)
+                result, folder = run(file, kind, tmp_path_factory.mktemp("usual"))
+            found[file, kind] = result, folder, printed.getvalue(), len(steps)
+        return found[file, kind]
+
+    return of
+
+
+def count_steps(file, patch, watch):
+    """Calls watch(number) before each step of an optimiser, of a model's fit too."""
+    step, calls = module(file).step, []
+
+    def counting(optimizer, loss):
+        calls.append(None)
+        watch(len(calls))
+        step(optimizer, loss)
+
+    patch.setattr(module(file), "step", counting)
 
 
 def rows(path):
@@ -161,19 +202,19 @@ def equal(one, other):
 
 
 def weights(folder):
-    state = checkpoint(folder)["agent"]
-    return {k: v for k, v in state.items() if not k.startswith(("units.", "alpha.constant"))}
+    """All but counters and rates: log_alpha is the flag itself."""
+    state = checkpoint(folder)["policy"]
+    return {k: v for k, v in state.items() if v.numel() > 1 and not k.startswith("units.")}
 
 
 def assert_same_run(one, other):
     a, b = checkpoint(one), checkpoint(other)
-    for key in ("step", "agent", "optimizers", "rng", "metrics", "returns"):
+    for key in ("step", "policy", "extra", "rng", "metrics", "returns"):
         assert equal(a[key], b[key]), key
-    for name in ("metrics.csv", "returns.csv"):
-        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+    assert (one / "metrics.csv").read_bytes() == (other / "metrics.csv").read_bytes()
     results = [json.loads((folder / "result.json").read_text()) for folder in (one, other)]
     for result in results:
-        result.pop("seconds")
+        assert result.pop("seconds") > 0
     assert results[0] == results[1]
 
 
@@ -181,8 +222,8 @@ def watch_agent(file, monkeypatch, change):
     """Lets `change(agent)` alter each agent that the file builds."""
     build = module(file).Agent
 
-    def watched(data, args):
-        agent = build(data, args)
+    def watched(units, args):
+        agent = build(units, args)
         change(agent)
         return agent
 
@@ -198,22 +239,20 @@ def one_line(error):
 # ---- Importing and calling ----
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_importing_has_no_side_effect(file, tmp_path, monkeypatch, capfd):
-    monkeypatch.chdir(tmp_path)
-    rng, threads = torch.get_rng_state(), torch.get_num_threads()
-    precision = torch.backends.mkldnn.matmul.fp32_precision
+@pytest.mark.parametrize("file", TRAINING)
+def test_importing_has_no_side_effect(file, monkeypatch, capfd):
+    matmul = torch.backends.mkldnn.matmul
+    rng, threads, precision = torch.get_rng_state(), torch.get_num_threads(), matmul.fp32_precision
     handler, numpy_rng = signal.getsignal(signal.SIGTERM), np.random.get_state()[1].copy()
     spec = importlib.util.spec_from_file_location("fresh_copy", ROOT / file)
     fresh = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "fresh_copy", fresh)  # dataclasses look there
     spec.loader.exec_module(fresh)
-    assert capfd.readouterr() == ("", "") and not list(tmp_path.iterdir())
+    assert capfd.readouterr() == ("", "") and not list(Path().iterdir())
     assert torch.equal(torch.get_rng_state(), rng) and torch.get_num_threads() == threads
-    assert torch.backends.mkldnn.matmul.fp32_precision == precision
+    assert matmul.fp32_precision == precision and torch.get_default_dtype() == torch.float32
     assert signal.getsignal(signal.SIGTERM) == handler
     assert np.array_equal(np.random.get_state()[1], numpy_rng)
-    assert torch.get_default_dtype() == torch.float32
 
 
 @pytest.mark.parametrize("rounds", [False, True], ids=["keeps float32", "rounds to bfloat16"])
@@ -229,102 +268,97 @@ def test_the_fast_matrix_product_is_kept_only_where_it_is_exact(rounds, monkeypa
         flags.fp32_precision = setting
         return result
 
-    before = flags.fp32_precision
     monkeypatch.setattr(torch.Tensor, "__matmul__", product)
-    try:
-        importlib.import_module("cql").use_fast_matmul()
-        assert flags.fp32_precision == ("none" if rounds else "bf16")
-    finally:
-        flags.fp32_precision = before
+    cql.use_cpu_well()
+    assert flags.fp32_precision == ("none" if rounds else "bf16")
+
+
+def test_one_thread_unless_told_otherwise(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    cql.use_cpu_well()
+    assert chosen == []
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    cql.use_cpu_well()
+    assert chosen == [1]
 
 
 @pytest.mark.parametrize(("file", "kind"), CASES)
-def test_a_run_leaves_what_the_design_says(file, kind, tmp_path, capsys):
-    name = file.removesuffix(".py")
-    result, folder = run(file, kind, tmp_path / "out", seed=3)
-    assert re.fullmatch(rf"{name}__lab-{kind}-v0__s3__\d{{8}}-\d{{6}}-\d{{6}}", folder.name)
-    files = {"args.json", "metrics.csv", "returns.csv", "checkpoint.pt", file, "result.json"}
+def test_a_run_leaves_what_the_design_says(file, kind, usual):
+    name, (result, folder, printed, _) = file.removesuffix(".py"), usual(file, kind)
+    assert re.fullmatch(rf"{name}__lab-{kind}-v0__s0__\d{{8}}-\d{{6}}-\d{{6}}", folder.name)
+    files = {"args.json", "metrics.csv", "checkpoint.pt", file, "result.json"}
     assert {p.name for p in folder.iterdir()} - {"model.txt"} == files
     times = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
     assert max(times, key=times.get) == "result.json"
     assert (folder / file).read_bytes() == (ROOT / file).read_bytes()
 
-    facts = json.loads((folder / "args.json").read_text())
-    expected = asdict(args_for(file, kind, tmp_path / "out", seed=3))
-    assert facts["args"] == json.loads(json.dumps(expected))
-    assert set(facts["versions"]) == {"torch", "numpy", "gymnasium", "minari", "tyro"}
-    assert facts["versions"]["torch"] == torch.__version__
-    assert re.fullmatch(r"[0-9a-f]{40}|", facts["commit"])
+    facts, args = (
+        json.loads((folder / "args.json").read_text()),
+        args_for(file, kind, folder.parent),
+    )
+    assert facts["args"] == json.loads(json.dumps(asdict(args)))
+    assert set(facts["versions"]) == {"torch", "numpy", "gymnasium", "minari", "tyro", file}
+    assert facts["versions"]["minari"] == minari.__version__
 
     metrics = rows(folder / "metrics.csv")
     assert [row["step"] for row in metrics] == ["4", "8", "12"]
     assert not {"seconds", "time"} & set(metrics[0])
     assert all(math.isfinite(float(x)) for row in metrics for x in row.values())
-    documented = module(file).__doc__
-    for metric in set(metrics[0]) - {"step", "return_mean"}:
-        assert metric in documented, f"{metric} is not in the docstring"
-
-    returns = rows(folder / "returns.csv")
-    assert list(returns[0]) == ["step", "seed", "return"]
-    found = [(int(row["step"]), int(row["seed"])) for row in returns]
-    assert found == [(4, 10_000), (8, 10_000), (12, 10_000), (12, 10_001)]  # a tenth, rounded up
-    final = [float(row["return"]) for row in returns[-2:]]
-    assert float(metrics[-1]["return_mean"]) == pytest.approx(np.mean(final))
 
     state = checkpoint(folder)  # loads with weights_only=True
-    assert state["step"] == 12 and state["args"] == expected
+    assert state["step"] == 12 and state["args"] == asdict(args)
     env = gym.make(ENVS[kind])
-    load_space = minari.serialization.deserialize_space
-    assert load_space(state["observation_space"]) == env.observation_space
-    assert load_space(state["action_space"]) == env.action_space
-    assert {"units.obs_mean", "units.obs_std"} <= set(state["agent"])
+    restored = [minari.serialization.deserialize_space(x) for x in state["spaces"]]
+    assert restored == [env.observation_space, env.action_space]
+    assert {"units.obs_mean", "units.obs_std"} <= set(state["policy"])
 
     assert json.loads((folder / "result.json").read_text()) == result
-    must = "algorithm dataset seed steps return_mean return_std score data_return_mean seconds"
-    assert set(must.split()) <= set(result)
     assert (result["algorithm"], result["dataset"]) == (name, f"lab/{kind}-v0")
-    assert (result["seed"], result["steps"]) == (3, 12)
-    assert result["return_mean"] == pytest.approx(np.mean(final))
-    assert result["return_std"] == pytest.approx(np.std(final))
-    assert result["score"] == pytest.approx(100 * (np.mean(final) + 99) / 200)
-    assert 0 < result["seconds"] < 600
+    assert (result["seed"], result["steps"], len(result["returns"])) == (0, 12, 2)
+    assert result["return_mean"] == pytest.approx(np.mean(result["returns"]))
+    assert result["return_mean"] == float(metrics[-1]["return_mean"])
+    assert result["return_std"] == pytest.approx(np.std(result["returns"]))
+    assert result["score"] == pytest.approx(100 * (result["return_mean"] + 99) / 200)
+    assert 0 < result["seconds"] < 600 and isinstance(result["health"], str)
+    data = minari.load_dataset(f"lab/{kind}-v0")
+    returns = [episode.rewards.sum() for episode in data]
+    assert result["data_return_mean"] == pytest.approx(np.mean(returns))
 
-    printed = capsys.readouterr().out
-    for text in (f"run folder {folder}", "evaluation in", "transitions in 8 episodes", "health"):
+    for text in (f"run folder {folder}", "transitions in 8 episodes", "step 4, ", "health"):
         assert text in printed
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_main_can_be_called_in_a_loop(file, tmp_path):
-    results = [run(file, "box", tmp_path, seed=seed, steps=4) for seed in (0, 1, 0)]
-    folders = [folder for _, folder in results]
-    assert len(set(folders)) == 3
-    assert_same_run(folders[0], folders[2])
-    assert not equal(weights(folders[0]), weights(folders[1]))
-
-
-@pytest.mark.parametrize(("file", "kind"), CASES)
-def test_the_same_seed_gives_the_same_run_whatever_the_state_of_the_process(file, kind, tmp_path):
+@pytest.mark.parametrize(("file", "kind"), [*CASES, *ONLINE])
+def test_the_same_seed_gives_the_same_run_whatever_the_state_of_the_process(
+    file, kind, usual, tmp_path
+):
+    """And another seed another one; main can be called in a loop."""
     torch.manual_seed(1)
     np.random.seed(1)
-    first = run(file, kind, tmp_path)[1]
-    torch.rand(7)
-    np.random.rand(7)
-    second = run(file, kind, tmp_path)[1]
-    assert_same_run(first, second)
+    assert_same_run(usual(file, kind)[1], run(file, kind, tmp_path)[1])
+    other = run(file, kind, tmp_path, seed=1)[1]
+    assert not equal(weights(other), weights(usual(file, kind)[1]))
 
 
 @pytest.mark.parametrize(("file", "kind"), CASES)
-def test_results_do_not_depend_on_the_evaluation(file, kind, tmp_path):
+def test_results_do_not_depend_on_the_evaluation(file, kind, usual, tmp_path):
     """Neither the weights nor any metric but the return."""
-    usual = run(file, kind, tmp_path)[1]
-    for flags in ({"eval_every": 0}, {"eval_every": 8, "eval_episodes": 25}, {"eval_episodes": 0}):
+    folder = usual(file, kind)[1]
+    for flags in ({"eval_every": 8, "eval_episodes": 25}, {"eval_every": 0}, {"eval_episodes": 0}):
         other = run(file, kind, tmp_path, **flags)[1]
-        assert equal(checkpoint(usual)["agent"], checkpoint(other)["agent"]), flags
-        assert equal(checkpoint(usual)["rng"], checkpoint(other)["rng"]), flags
-        tables = [rows(folder / "metrics.csv") for folder in (usual, other)]
+        assert equal(checkpoint(folder)["policy"], checkpoint(other)["policy"]), flags
+        assert equal(checkpoint(folder)["rng"], checkpoint(other)["rng"]), flags
+        tables = [rows(x / "metrics.csv") for x in (folder, other)]
         for row in [*tables[0], *tables[1]]:
-            row.pop("return_mean")
+            row["evaluated"] = row.pop("return_mean") != ""
+            del row["return_std"], row["score"]
+        evaluated = [row.pop("evaluated") for row in tables[1]]
+        expected = [False, "eval_every" in flags and flags["eval_every"] > 0, "eval_every" in flags]
+        assert evaluated == expected
+        for row in tables[0]:
+            assert row.pop("evaluated")
         assert tables[0] == tables[1], flags
 
 
@@ -337,6 +371,7 @@ def interrupted(file, kind, out_dir, **flags):
     with pytest.raises(KeyboardInterrupt):
         module(file).main(args_for(file, kind, out_dir, **flags))
     (folder,) = set(out_dir.iterdir()) - before
+    assert not (folder / "result.json").exists()
     return folder
 
 
@@ -344,134 +379,119 @@ def resume(file, folder):
     return module(file).main(module(file).Args(resume=str(folder)))
 
 
-@pytest.mark.parametrize(("file", "kind"), CASES)
-def test_interrupted_in_an_update_and_resumed(file, kind, tmp_path, monkeypatch, capsys):
-    """Before the first checkpoint, right after one, between two, in the last update."""
-    whole = run(file, kind, tmp_path)[1]
-    for stop in (1, 3, 5, 10, 12):
+@pytest.mark.parametrize(("file", "kind"), [*CASES, *ONLINE])
+def test_interrupted_in_an_update_and_resumed_twice(file, kind, usual, tmp_path, monkeypatch):
+    """Before the first log, in the middle, in the last update; of a model's fit too."""
+    _, whole, _, steps = usual(file, kind)
+
+    def stopping_at(*stops):
+        def watch(number):
+            if number in stops:
+                raise KeyboardInterrupt
+
+        return watch
+
+    for first, second in ((1, steps // 2), (steps * 3 // 5, steps // 4), (steps, None)):
         with monkeypatch.context() as patch:
-
-            def stopping(agent, stop=stop):
-                update, calls = agent.update, []
-
-                def counting(*inputs):
-                    calls.append(None)
-                    if len(calls) == stop:
-                        raise KeyboardInterrupt
-                    return update(*inputs)
-
-                agent.update = counting
-
-            watch_agent(file, patch, stopping)
+            count_steps(file, patch, stopping_at(first))
             folder = interrupted(file, kind, tmp_path)
-        assert not (folder / "result.json").exists()
-        assert f"python {file} --resume {folder}" in capsys.readouterr().out
+        reached = checkpoint(folder)["step"]
+        assert first != 1 or reached == 0
+        if second:
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                count_steps(file, patch, stopping_at(second))
+                resume(file, folder)
+            assert checkpoint(folder)["step"] >= reached
+        seconds = checkpoint(folder)["seconds"]
         result = resume(file, folder)
         assert_same_run(whole, folder)
-        assert result["steps"] == 12 and result == json.loads((folder / "result.json").read_text())
+        assert result == json.loads((folder / "result.json").read_text())
+        assert result["seconds"] > seconds > 0  # it has the time before the interruptions
 
 
-@pytest.mark.parametrize(("file", "kind"), CASES)
-def test_interrupted_in_an_evaluation_and_resumed(file, kind, tmp_path, monkeypatch):
-    """In each of the three; the interrupted one leaves nothing behind."""
-    whole = run(file, kind, tmp_path)[1]
-    for stop in (1, 2, 3):
-        with monkeypatch.context() as patch:
-            evaluate, calls = module(file).evaluate, []
+def failing(call, number, error):
+    """`call`, but its n-th call raises the error, after it has done its work."""
+    calls = []
 
-            def stopping(*inputs, evaluate=evaluate, calls=calls, stop=stop):
-                returns = evaluate(*inputs)
-                calls.append(None)
-                if len(calls) == stop:
-                    raise KeyboardInterrupt
-                return returns
+    def watched(*inputs, **more):
+        result = call(*inputs, **more)
+        calls.append(None)
+        if len(calls) == number:
+            raise error
+        return result
 
-            patch.setattr(module(file), "evaluate", stopping)
-            folder = interrupted(file, kind, tmp_path)
-        resume(file, folder)
-        assert_same_run(whole, folder)
+    return watched
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_killed_between_any_two_files_that_it_writes_and_resumed(file, tmp_path, monkeypatch):
-    """A run has to survive a kill at every moment of a save; args.json is the first file."""
-    writes = []
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_interrupted_in_an_evaluation_and_resumed(stop, usual, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        write = module(file).write
-        patch.setattr(module(file), "write", lambda path, x: (writes.append(path), write(path, x)))
-        whole = run(file, "box", tmp_path)[1]
-    assert writes[0].name == "args.json" and writes[-1].name == "result.json"
-    for stop in range(2, len(writes) + 1):
+        patch.setattr(cql, "evaluate", failing(cql.evaluate, stop, KeyboardInterrupt()))
+        folder = interrupted("cql.py", "box", tmp_path)
+    resume("cql.py", folder)
+    assert_same_run(usual("cql.py", "box")[1], folder)
+
+
+WRITES = ["cql.py", "args.json", *4 * ["metrics.csv", "checkpoint.pt"], "result.json"]
+
+
+def test_files_are_written_in_an_order_that_survives_kills(tmp_path, monkeypatch):
+    written, write = [], cql.write
+    monkeypatch.setattr(cql, "write", lambda p, x: (written.append(p.name), write(p, x)))
+    run("cql.py", "box", tmp_path)
+    assert written == WRITES
+
+
+@pytest.mark.parametrize("stop", range(1, len(WRITES) + 1))
+def test_stopped_inside_any_write_and_resumed(stop, usual, tmp_path, monkeypatch):
+    """The old file is whole, nothing half-written is left, also where the disk is full. The first
+    four are of a run that has not begun."""
+    write_bytes, calls = Path.write_bytes, []
+
+    def half(path, content):
+        calls.append(path.name)
+        write_bytes(path, content[: len(content) // 2] if len(calls) == stop else content)
+        if len(calls) == stop:
+            raise error
+
+    for error in (KeyboardInterrupt(), OSError(28, "No space left on device")):
+        calls.clear()
+        raised = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else UserError
+        with monkeypatch.context() as patch, pytest.raises(raised) as caught:
+            patch.setattr(Path, "write_bytes", half)
+            run("cql.py", "box", tmp_path)
+        folder = max(tmp_path.iterdir(), key=lambda x: x.name)
+        assert calls[-1] == f"{WRITES[stop - 1]}.tmp" and not list(folder.glob("*.tmp"))
+        assert raised is KeyboardInterrupt or "No space left" in one_line(caught)
+        assert (folder / "checkpoint.pt").exists() == (stop > 4)
+        if stop > 4:
+            resume("cql.py", folder)
+            assert_same_run(usual("cql.py", "box")[1], folder)
+
+
+def test_write_is_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    cql.write(path, b"old")
+    for name, message in (("write_bytes", "No space left"), ("replace", "quota")):
         with monkeypatch.context() as patch:
-            calls = []
-
-            def stopping(path, content, calls=calls, stop=stop):
-                calls.append(path)
-                if len(calls) == stop:  # before the renaming
-                    path.with_name(path.name + ".tmp").write_bytes(b"half")
-                    raise KeyboardInterrupt
-                write(path, content)
-
-            patch.setattr(module(file), "write", stopping)
-            folder = interrupted(file, "box", tmp_path)
-        resume(file, folder)
-        assert_same_run(whole, folder)
+            broken = failing(getattr(Path, name), 1, OSError(28, message))
+            patch.setattr(Path, name, broken)
+            if name == "replace":
+                patch.setattr(Path, name, lambda *_: broken(path, path))
+            with pytest.raises(UserError, match=rf"cannot write {path}, .*{message}") as caught:
+                cql.write(path, b"new")
+        one_line(caught)
+        assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+    cql.write(path, b"new")
+    assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
 
 
-def interrupt(run):
-    raise KeyboardInterrupt  # a signal would be lost where the shell has SIGINT ignored
-
-
-@pytest.mark.parametrize("file", FILES)
-def test_the_printed_command_survives_a_folder_with_spaces(file, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(module(file), "save_checkpoint", interrupt)
-    folder = interrupted(file, "box", tmp_path / "my runs")
-    line = capsys.readouterr().out.strip().splitlines()[-1]
-    assert shlex.split(line.partition("python ")[2]) == [file, "--resume", str(folder)]
-
-
-@pytest.mark.parametrize("file", FILES)
-def test_interrupted_twice_and_resumed_twice(file, tmp_path, monkeypatch):
-    whole = run(file, "box", tmp_path)[1]
-
-    def stopping(agent):
-        update, calls = agent.update, []
-
-        def counting(*inputs):
-            calls.append(None)
-            if len(calls) == 6:
-                raise KeyboardInterrupt
-            return update(*inputs)
-
-        agent.update = counting
-
-    with monkeypatch.context() as patch:
-        watch_agent(file, patch, stopping)
-        folder = interrupted(file, "box", tmp_path)
-        assert checkpoint(folder)["step"] == 4
-        with pytest.raises(KeyboardInterrupt):
-            resume(file, folder)
-        assert checkpoint(folder)["step"] == 8
-    resume(file, folder)
-    assert_same_run(whole, folder)
-
-
-def start(folder, *command):
+def start(folder, *command, **environment):
     """A command line in a process of its own, in `folder`."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | environment
     command = [sys.executable, *map(str, command)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=folder, env=env, **pipes)
-
-
-def wait_for(process, pattern):
-    """The folder of the run, once a file in it matches."""
-    limit = time.monotonic() + 300
-    while process.poll() is None and time.monotonic() < limit:
-        if found := list(process.cwd.glob(pattern)):
-            return found[0].parent
-        time.sleep(0.01)
-    raise AssertionError(f"no {pattern}: {process.communicate()}")
 
 
 def flag_list(args):
@@ -487,148 +507,125 @@ def flag_list(args):
 
 
 @pytest.mark.parametrize(
-    ("file", "kind"), [case for case in CASES if "box" in case or "cql.py" in case]
-)  # once per file will do, cql.py does both
+    ("file", "kind"), [("cql.py", "discrete"), ("mopo.py", "box"), ("awac.py", "box online")]
+)
 def test_stopped_and_killed_at_random_moments_and_resumed(file, kind, tmp_path):
     """SIGTERM, then the printed command, SIGKILL, then resumed in this process. The moments count
-    checkpoints, of which a run has 50, so that they do not depend on the machine's speed."""
+    checkpoints, of which a run has at least 20, so that they do not depend on the machine's
+    speed."""
     moments = random.Random(0)
-    flags = {"steps": 1000, "log_every": 20, "eval_every": 40}
+    flags = {"steps": 400, "log_every": 20, "eval_every": 40}
 
     def some_checkpoints_later(process, path):
-        for _ in range(moments.randint(1, 8)):
+        for _ in range(moments.randint(1, 5)):
             seen = path.stat().st_mtime_ns
             while process.poll() is None and path.stat().st_mtime_ns == seen:
                 time.sleep(0.001)
         time.sleep(moments.uniform(0, 0.02))
 
-    args = args_for(file, kind, "runs", **flags)
+    args = args_for(file, kind, "my runs", **flags)
     process = start(tmp_path, ROOT / file, *flag_list(args))
-    process.cwd = tmp_path
-    folder = wait_for(process, "runs/*/checkpoint.pt")
+    while process.poll() is None and not (found := list(tmp_path.glob("my runs/*/checkpoint.pt"))):
+        time.sleep(0.01)
+    folder = found[0].parent
     some_checkpoints_later(process, folder / "checkpoint.pt")
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=300)
+    err = process.communicate(timeout=300)[1]
     assert process.returncode == 130, err
     assert "Traceback" not in err and not (folder / "result.json").exists()
-    command = out.strip().splitlines()[-1]
-    assert command.startswith("stopped; to go on: python ")
-    command = shlex.split(command.removeprefix("stopped; to go on: python "))
-    assert command == [file, "--resume", f"runs/{folder.name}"]
+    line = err.strip().splitlines()[-1]
+    command = shlex.split(line.partition("stopped; to go on: python ")[2])
+    assert command == [file, "--resume", f"my runs/{folder.name}"]  # a folder with a space
 
     process = start(tmp_path, ROOT / file, *command[1:])
     some_checkpoints_later(process, folder / "checkpoint.pt")
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=300)
     assert not (folder / "result.json").exists(), "too fast for this test: raise its steps"
-    resume(file, folder)
+    with contextlib.chdir(tmp_path):
+        resume(file, folder)
     assert_same_run(run(file, kind, tmp_path / "whole", **flags)[1], folder)
 
 
 # ---- What --resume refuses ----
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_resume_takes_no_other_flag_and_no_complete_run(file, tmp_path, monkeypatch):
-    folder = run(file, "box", tmp_path)[1]
-    error = module(file).UserError
-    Args, main = module(file).Args, module(file).main
-    with pytest.raises(error, match=r"--resume .*complete") as caught:
-        resume(file, folder)
-    assert str(folder) in one_line(caught)
-    with pytest.raises(error, match=r"--resume takes all flags from the run") as caught:
-        main(Args(resume=str(folder), seed=5))
-    one_line(caught)
-    for nothing in (tmp_path / "nothing", tmp_path):
-        with pytest.raises(error, match=r"--resume .*not the folder of a run") as caught:
-            main(Args(resume=str(nothing)))
-        assert str(nothing) in one_line(caught)
-    for given in (["--resume", str(folder), "--steps", str(Args.steps)],  # given, if the default
-                  ["--seed", "1", "--resume", str(folder)]):  # fmt: skip
-        text = exit_line(file, monkeypatch, given)
-        assert "--resume takes all flags from the run" in text
+@contextlib.contextmanager
+def flags_of_the_shell(file, flags):
+    """sys.argv is set; the signal handlers are those of before afterwards."""
+    handlers = {x: signal.getsignal(x) for x in (signal.SIGTERM, signal.SIGINT)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [file, *map(str, flags)])
+        yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_resume_refuses_the_run_of_another_algorithm(file, tmp_path):
-    folder = run(file, "box", tmp_path)[1]
-    (folder / "result.json").unlink()
-    (folder / file).rename(folder / "other.py")
-    facts = json.loads((folder / "args.json").read_text())
-    facts["args"]["knob_of_another_method"] = 1.0
-    (folder / "args.json").write_text(json.dumps(facts))
-    with pytest.raises(module(file).UserError, match="--resume") as caught:
-        resume(file, folder)
-    assert str(folder) in one_line(caught)
-
-
-def exit_line(file, monkeypatch, flags):
+def exit_line(file, flags):
     """What the command line prints as it gives up, exit code 1."""
-    handler = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(sys, "argv", [file, *flags])
-    try:
-        with pytest.raises(SystemExit) as caught:
-            module(file).command_line()
-    finally:
-        signal.signal(signal.SIGTERM, handler)
+    with flags_of_the_shell(file, flags), pytest.raises(SystemExit) as caught:
+        module(file).command_line()
     text = caught.value.code  # sys.exit(text) prints it and exits with 1
     assert isinstance(text, str) and text.startswith(f"{file.removesuffix('.py')}: ")
     assert "\n" not in text
     return text
 
 
+def test_resume_takes_no_other_flag_and_no_complete_run(usual, tmp_path):
+    folder = usual("cql.py", "box")[1]
+    with pytest.raises(UserError, match=rf"--resume {folder}: the run is complete, see result"):
+        resume("cql.py", folder)
+    with pytest.raises(UserError, match="--resume takes all flags from the run"):
+        cql.main(cql.Args(resume=str(folder), seed=5))
+    for nothing in (tmp_path / "nothing", tmp_path):
+        with pytest.raises(UserError, match=rf"^{nothing}: not a run of cql.py: ") as caught:
+            resume("cql.py", nothing)
+        one_line(caught)
+    text = exit_line("cql.py", ["--seed", "1", "--resume", folder])
+    assert "--resume takes all flags from the run" in text
+
+
+def test_resume_and_load_policy_refuse_the_run_of_another_algorithm(usual):
+    folder = usual("iql.py", "box")[1]
+    for call in (cql.load_policy, cql.read_checkpoint):
+        with pytest.raises(UserError, match=rf"^{folder}: not a run of cql.py: ") as caught:
+            call(folder)
+        one_line(caught)
+
+
 # ---- NaN ----
 
 
-@pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_nan_stops_the_run_and_keeps_the_good_checkpoint(file, value, tmp_path, monkeypatch):
-    """Update 6 breaks a weight, the log after update 8 notices; update 4 was the last good one."""
-    good, names = [], []
+@pytest.mark.parametrize("first", [2, 6])
+def test_nan_stops_the_run_and_keeps_the_good_checkpoint(value, first, tmp_path, monkeypatch):
+    """Update 6 breaks a metric, the log after update 8 notices; update 4 was the last good one. If
+    update 2 does, it is the checkpoint of the start."""
+    good = []
 
     def breaking(agent):
         update, calls = agent.update, []
 
         def counting(*inputs):
-            metrics = update(*inputs)
             calls.append(None)
-            names.append(next(iter(metrics)))
-            if len(calls) == 6:
+            if len(calls) == first:
                 good.append((next(tmp_path.iterdir()) / "checkpoint.pt").read_bytes())
-            return metrics | {names[0]: torch.tensor(value)} if len(calls) >= 6 else metrics
+            broken = {"td_loss": torch.tensor(value)} if len(calls) >= first else {}
+            return update(*inputs) | broken
 
         agent.update = counting
 
-    watch_agent(file, monkeypatch, breaking)
-    with pytest.raises(module(file).UserError) as caught:
-        run(file, "box", tmp_path)
+    watch_agent("cql.py", monkeypatch, breaking)
+    with pytest.raises(UserError) as caught:
+        run("cql.py", "box", tmp_path)
     (folder,) = tmp_path.iterdir()
-    text = one_line(caught)
-    for part in ("update 8", f"{names[0]} is {value}", "update 4", str(folder)):
+    text, before = one_line(caught), first // 4 * 4
+    good_one = f"the last good checkpoint is that of update {before} in {folder}"
+    for part in (f"update {before + 4}: td_loss is {value}", good_one, "--reward-scale"):
         assert part in text
     assert (folder / "checkpoint.pt").read_bytes() == good[0]
-    assert [row["step"] for row in rows(folder / "metrics.csv")] == ["4"]
+    assert [row["step"] for row in rows(folder / "metrics.csv")] == ["4"][: before // 4]
     assert not (folder / "result.json").exists()
-
-
-@pytest.mark.parametrize("file", FILES)
-def test_nan_before_the_first_log_promises_no_checkpoint(file, tmp_path, monkeypatch):
-    def breaking(agent):
-        update = agent.update
-        agent.update = lambda *inputs: update(*inputs) | {"critic_loss": torch.tensor(math.nan)}
-
-    watch_agent(file, monkeypatch, breaking)
-    with pytest.raises(module(file).UserError, match="update 4: critic_loss is nan") as caught:
-        run(file, "box", tmp_path)
-    (folder,) = tmp_path.iterdir()
-    text = one_line(caught)
-    assert ("checkpoint is that of" in text) == (folder / "checkpoint.pt").exists(), text
-
-
-@pytest.mark.parametrize("file", [f for f in FILES if has_flag(f, "reward_scale")])
-def test_a_loss_that_overflows_stops_the_run(file, tmp_path):
-    with pytest.raises(module(file).UserError, match=r"is (nan|inf|not finite)"):
-        run(file, "box", tmp_path, reward_scale=1e30)
 
 
 # ---- Every flag ----
@@ -645,9 +642,11 @@ VALUES = {
     "log_every": 2,
     "eval_every": 12,
     "eval_episodes": 3,
-    "device": "cpu",
-    "out_dir": None,  # another folder
-    "resume": None,  # tested above
+    "device": None,  # below
+    "compile": None,  # takes a minute
+    "out_dir": None,  # another folder, everywhere here
+    "resume": None,  # above
+    "online_steps": None,  # above, and test_iql.py
     "batch_size": 16,
     "hidden": (6, 5),
     "gamma": 0.9,
@@ -655,6 +654,7 @@ VALUES = {
     "lr": 0.01,
     "critic_lr": 0.01,
     "actor_lr": 0.01,
+    "normalize_obs": True,
     "reward_scale": "return-range",
     "reward_shift": 0.5,
     # cql
@@ -666,12 +666,11 @@ VALUES = {
     "top_fraction": 0.5,
     "held_out": 0.5,
     # iql, awac
-    "online_steps": None,  # test_iql.py, test_awac.py
     "expectile": 0.8,
     "beta": 1.0,
     "lam": 0.3,
     # bcq
-    "threshold": 0.9,
+    "threshold": 1.0,
     "phi": 0.2,
     "soft_min": 0.5,
     "target_samples": 5,
@@ -681,6 +680,7 @@ VALUES = {
     "model_lr": 0.01,
     "model_hidden": (6, 5),
     "model_epochs": 1,
+    "terminal_updates": 5,
     "uncertainty": "disagreement",
     "penalty": 3.0,
     "rollout_length": 3,
@@ -690,37 +690,22 @@ VALUES = {
     "conservative": 1.0,
 }
 # Flags that must not change the weights, and those that do nothing with the other action space.
-NO_EFFECT = {"env_id", "log_every", "eval_every", "eval_episodes", "device", "out_dir"}
+NO_EFFECT = {"env_id", "log_every", "eval_every", "eval_episodes"}
 NO_EFFECT_WITH = {
     ("cql.py", "discrete"): {"actor_lr", "samples"},
     ("bcq.py", "box"): {"threshold", "act_samples"},
     ("bcq.py", "discrete"): {"phi", "soft_min", "target_samples", "act_samples", "vae_hidden"},
+    ("mopo.py", "box"): {"terminal_updates"},  # Pendulum has no terminals
 }
 REFUSED = {("cql.py", "discrete"): {"bc_weight"}}
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_the_table_of_flags_is_complete(file):
-    flags = {field.name for field in fields(module(file).Args)}
-    booleans = {field.name for field in fields(module(file).Args) if field.type is bool}
-    assert flags - booleans - set(VALUES) == set(), "give these a value in VALUES"
-    for field in fields(module(file).Args):
-        value = VALUES.get(field.name)
-        for one in value.values() if isinstance(value, dict) else [value]:
-            assert one is None or one not in (field.default, TINY.get(field.name)), field.name
-
-
-@pytest.fixture(scope="module")
-def usual(stored, tmp_path_factory):
-    """The weights of each file's run with the flags of TINY."""
-    found = {}
-
-    def weights_of(file, kind):
-        if (file, kind) not in found:
-            found[file, kind] = weights(run(file, kind, tmp_path_factory.mktemp("usual"))[1])
-        return found[file, kind]
-
-    return weights_of
+def test_the_table_of_flags_is_complete():
+    for file in TRAINING:
+        for field in fields(module(file).Args):
+            value = VALUES[field.name]
+            for one in value.values() if isinstance(value, dict) else [value]:
+                assert one is None or one not in (field.default, TINY.get(field.name)), field.name
 
 
 @pytest.mark.parametrize(
@@ -729,161 +714,134 @@ def usual(stored, tmp_path_factory):
         pytest.param(file, kind, field.name, id=f"{file}-{kind}-{field.name}")
         for file, kind in CASES
         for field in fields(module(file).Args)
-        if VALUES.get(field.name) or field.type is bool
+        if VALUES[field.name] is not None
     ],
 )
 def test_every_flag_with_another_value(file, kind, name, tmp_path, usual):
     """It is accepted, lands in args.json, and changes the weights or, as it should, does not."""
-    value = VALUES.get(name)
-    value = value[kind] if isinstance(value, dict) else value
-    if value is None:  # a boolean
-        value = not getattr(module(file).Args(), name)
+    value = VALUES[name][kind] if isinstance(VALUES[name], dict) else VALUES[name]
+    flags = {name: value} if name in NO_EFFECT else {name: value, "eval_episodes": 0}
     if name in REFUSED.get((file, kind), ()):
         with pytest.raises(module(file).UserError, match=f"--{name.replace('_', '-')}"):
-            run(file, kind, tmp_path, **{name: value})
+            run(file, kind, tmp_path, **flags)
         return
-    before, (_, folder) = usual(file, kind), run(file, kind, tmp_path, **{name: value})
+    before, (_, folder) = weights(usual(file, kind)[1]), run(file, kind, tmp_path, **flags)
     stored_args = json.loads((folder / "args.json").read_text())["args"]
     assert stored_args[name] == json.loads(json.dumps(value))
-    after = weights(folder)
     no_effect = name in NO_EFFECT | NO_EFFECT_WITH.get((file, kind), set())
-    assert equal(before, after) == no_effect
-
-
-@pytest.mark.parametrize("file", FILES)
-def test_every_boolean_both_ways(file, tmp_path):
-    """With the value that is not the default, see above; here the default, given by its flag."""
-    booleans = {field.name: field.default for field in fields(module(file).Args)
-                if field.type is bool}  # fmt: skip
-    given = args_for(file, "box", tmp_path, **booleans)
-    assert [type(getattr(given, name)) for name in booleans] == [bool] * len(booleans)
-    results = {value: run(file, "box", tmp_path, **dict.fromkeys(booleans, value))
-               for value in (False, True)}  # fmt: skip
-    for value, (_, folder) in results.items():
-        stored_args = json.loads((folder / "args.json").read_text())["args"]
-        assert all(stored_args[name] is value for name in booleans)
-
-
-@pytest.mark.parametrize("file", FILES)
-def test_another_out_dir(file, tmp_path):
-    result, folder = run(file, "box", tmp_path / "not" / "there yet")
-    assert folder.parent == tmp_path / "not" / "there yet" and result["steps"] == 12
+    assert equal(before, weights(folder)) == no_effect
 
 
 @pytest.mark.parametrize(("file", "kind"), CASES)
-def test_device_cuda(file, kind, tmp_path, usual):
-    if not torch.cuda.is_available():
-        pytest.skip("there is no CUDA device on this machine")
-    _, folder = run(file, kind, tmp_path, device="cuda", eval_every=8)
-    agent = module(file).load_policy(folder)
-    assert next(agent.parameters()).device.type == "cpu"
-    again = run(file, kind, tmp_path, device="cuda", eval_every=0)[1]
-    assert equal(weights(folder), weights(again))
+def test_on_a_gpu_if_there_is_one(file, kind, tmp_path):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    one, other = (run(file, kind, tmp_path, device=device, eval_every=x)[1] for x in (8, 0))
+    policy = module(file).load_policy(one)
+    assert {p.device.type for p in policy.state_dict().values()} == {"cpu"}
+    assert equal(weights(one), weights(other))
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_the_command_line_gives_the_flags_to_main(file, tmp_path, monkeypatch):
+@pytest.mark.parametrize("file", TRAINING)
+def test_the_command_line_gives_the_flags_to_main(file, monkeypatch):
     """Each flag by its name in the shell, several values after one flag, booleans as --no-x."""
     got = []
     monkeypatch.setattr(module(file), "main", got.append)
-    skip = {"resume"}
     for kind in ("box", "discrete"):
         values = {}
         for field in fields(module(file).Args):
-            value = VALUES.get(field.name)
+            value = VALUES[field.name]
             value = value[kind] if isinstance(value, dict) else value
             if field.type is bool:
                 value = kind == "box"
-            if value is not None and field.name not in skip:
+            if value is not None:
                 values[field.name] = value
         args = module(file).Args(**values)
-        handler = signal.getsignal(signal.SIGTERM)
-        try:
-            monkeypatch.setattr(sys, "argv", [file, *map(str, flag_list(args))])
+        with flags_of_the_shell(file, flag_list(args)):
             module(file).command_line()
-        finally:
-            signal.signal(signal.SIGTERM, handler)
         assert got.pop() == args
 
 
-INVALID = [
-    ("seed", -1),
-    ("steps", 0),
-    ("log_every", 0),
-    ("eval_every", -4),
-    ("eval_every", 6),  # not a multiple of --log-every 4
-    ("eval_episodes", -1),
-    ("batch_size", 0),
-    ("hidden", (8, 0)),
-    ("gamma", 1.0),
-    ("gamma", -0.1),
-    ("gamma", math.nan),
-    ("polyak", 0.0),
-    ("polyak", 1.5),
-    ("lr", 0.0),
-    ("critic_lr", -1e-3),
-    ("actor_lr", 2.0),
-    ("model_lr", 0.0),
-    ("reward_scale", 0.0),
-    ("reward_scale", -1.0),
-    ("reward_scale", math.nan),
-    ("reward_shift", math.inf),
-    ("dataset_id", ()),
-    ("dataset_id", ("pendulum/mixd-v0",)),
-    ("dataset_id", "lab/box-v0"),  # a string where a tuple is meant
-    ("env_id", "NoSuchEnv-v0"),
-    ("env_id", "MountainCar-v0"),
-]
+@pytest.mark.parametrize("file", TRAINING)
+def test_every_number_has_a_range_that_the_message_names(file):
+    """NaN and infinity lie in none; the bounds themselves do; counts are whole."""
+    Args, check = module(file).Args, module(file).check_flags
+    numbers = [f for f in fields(Args) if re.search("int|float", str(f.type))]
+    assert len(numbers) > 8
+    for field in numbers:
+        many, whole = isinstance(field.default, tuple), "float" not in str(field.type)
+        low, high = module(file).LIMITS.get(field.name, (1 if whole else 0, 10**9))
+        step = 1 if whole else 1e-6
+        wrong = [math.nan, math.inf, -math.inf, low - step, high + step, -(10**30), 10**30]
+        wrong += ["text"] * (field.default is not None) + [low + 0.5] * whole
+        for value in wrong:
+            given = {field.name: (value,) if many else value}
+            flag = f"--{field.name.replace('_', '-')}"
+            with pytest.raises(module(file).UserError, match=rf"^{flag} .*{value}") as caught:
+                check(Args(**given))
+            text = one_line(caught)
+            range_ = f"it must lie in {low:g} to {high:g}"
+            assert (
+                range_ in text
+                or (whole and "a whole number is needed" in text)
+                or (value == "text" and "TypeError" in text)
+            )
+        for value in (low, high):
+            check(Args(**{field.name: (value,) if many else value}))
+        if many:
+            check(Args(**{field.name: ()})) if not field.default else None
+            with pytest.raises(module(file).UserError, match="as a tuple"):
+                check(Args(**{field.name: 8}))
 
 
 @pytest.mark.parametrize(
-    ("file", "name", "value"),
-    [(f, name, value) for f in FILES for name, value in INVALID if has_flag(f, name)],
+    ("flags", "message"),
+    [
+        ({"dataset_id": ()}, r"--dataset-id \(\): one or more values are needed, as a tuple"),
+        ({"dataset_id": "lab/box-v0"}, "--dataset-id lab/box-v0: one or more .* as a tuple"),
+        ({"dataset_id": ("pendulum/mixd-v0",)}, r"dataset pendulum/mixd-v0: .*\{random,medium"),
+        ({"env_id": "NoSuchEnv-v0"}, "environment NoSuchEnv-v0 .*doesn't exist"),
+        ({"env_id": "MountainCar-v0"}, "environment MountainCar-v0 .*: its spaces are not those"),
+        ({"device": "nonsense"}, "--device nonsense: RuntimeError"),
+        ({"device": "cuda" if not torch.cuda.is_available() else "mps"}, "--device (cuda|mps): "),
+        ({"out_dir": "a file"}, "--out-dir a file: "),
+        ({"out_dir": "/proc/nothing"}, "--out-dir /proc/nothing: "),
+        ({"target_gap": 1.0, "alpha": 0.0}, "--target-gap learns alpha from --alpha on"),
+    ],
 )
-def test_invalid_values_are_one_line_and_leave_no_folder(file, name, value, tmp_path):
-    with pytest.raises(module(file).UserError) as caught:
-        module(file).main(args_for(file, "box", tmp_path / "out", **{name: value}))
-    text = one_line(caught)
-    if name == "dataset_id" and "pendulum/mixd-v0" in value:
-        assert "pendulum/mixed-v0" in text  # the list of those that exist
-    elif name == "env_id":
-        assert value in text
-    else:
-        assert f"--{name.replace('_', '-')}" in text
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("file", FILES)
-def test_a_device_that_is_not_there(file, tmp_path):
-    missing = [n for n in ("cuda", "mps") if not getattr(torch, n).is_available()]
-    for name in missing:
-        with pytest.raises(module(file).UserError, match=f"--device {name}") as caught:
-            module(file).main(args_for(file, "box", tmp_path / "out", device=name))
-        one_line(caught)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("file", FILES)
-def test_an_out_dir_that_cannot_be_made(file, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(module(file).UserError, match="--out-dir") as caught:
-        module(file).main(args_for(file, "box", tmp_path / "file"))
+def test_other_wrong_flags_are_one_line_and_leave_no_folder(flags, message):
+    Path("a file").write_text("")
+    with pytest.raises(UserError, match=f"^{message}") as caught:
+        cql.main(args_for("cql.py", "box", **{"out_dir": "out"} | flags))
     one_line(caught)
+    assert [x.name for x in Path().iterdir()] == ["a file"]
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_the_command_line_prints_errors_as_one_line(file, monkeypatch):
-    assert "--steps 0: " in exit_line(file, monkeypatch, ["--steps", "0"])
-    text = exit_line(file, monkeypatch, ["--dataset-id", "pendulum/mixd-v0"])
-    assert "pendulum/mixd-v0" in text
+@pytest.mark.parametrize("file", TRAINING)
+def test_the_command_line_prints_errors_as_one_line(file):
+    assert "--steps 0: it must lie in 1 to 1e+09" in exit_line(file, ["--steps", "0"])
+    assert "pendulum/mixd-v0" in exit_line(file, ["--dataset-id", "pendulum/mixd-v0"])
 
 
-@pytest.mark.parametrize("file", sorted(BOX_ONLY & set(FILES)))
-def test_files_for_box_actions_say_so(file, tmp_path):
-    with pytest.raises(module(file).UserError, match="Discrete") as caught:
-        module(file).main(args_for(file, "discrete", tmp_path / "out"))
+def test_files_for_box_actions_say_so(tmp_path):
+    mopo = module("mopo.py")
+    with pytest.raises(mopo.UserError, match="Discrete") as caught:
+        mopo.main(args_for("mopo.py", "discrete", tmp_path / "out"))
     one_line(caught)
     assert not (tmp_path / "out").exists()
+
+
+def test_two_runs_of_the_same_microsecond_do_not_mix(usual, tmp_path, monkeypatch):
+    class Frozen(cql.datetime):
+        @classmethod
+        def now(cls):
+            return cls(2025, 1, 2, 3, 4, 5, 6)
+
+    monkeypatch.setattr(cql, "datetime", Frozen)
+    folder = run("cql.py", "box", tmp_path)[1]
+    with pytest.raises(UserError, match=rf"^--out-dir {tmp_path}: FileExistsError") as caught:
+        run("cql.py", "box", tmp_path)
+    one_line(caught)
+    assert_same_run(usual("cql.py", "box")[1], folder)
 
 
 # ---- The trained policy ----
@@ -897,108 +855,85 @@ def raw_observations(n, kind):
 
 @pytest.mark.parametrize(("file", "kind"), CASES)
 def test_load_policy_is_the_trained_agent(file, kind, tmp_path, monkeypatch):
-    trained = []
+    policies, Policy = [], module(file).Policy
     with monkeypatch.context() as patch:
-        watch_agent(file, patch, trained.append)
-        _, folder = run(file, kind, tmp_path, normalize_obs=True)
-    patchless = module(file).load_policy(folder)
-    for name in ("cql", "lab"):  # needs neither the dataset nor the environment
-        monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / name))
-    loaded, agent = module(file).load_policy(str(folder)), trained[0]
-    obs = raw_observations(50, kind)
+        patch.setattr(module(file), "Policy", lambda *x: policies.append(Policy(*x)) or policies[0])
+        folder = run(file, kind, tmp_path, normalize_obs=True, eval_every=0)[1]
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "nothing"))  # it needs no dataset
+    monkeypatch.setattr(gym, "make", None)  # and no environment
+    loaded = module(file).load_policy(str(folder))
+    monkeypatch.undo()
+    obs, space = raw_observations(50, kind), gym.make(ENVS[kind]).action_space
     for deterministic in (True, False):
         actions = []
-        for policy in (agent, loaded, patchless):
+        for policy in (policies[0], loaded):
             torch.manual_seed(0)
             actions.append(policy.act(obs, deterministic=deterministic))
-        assert np.array_equal(actions[0], actions[1]) and np.array_equal(actions[0], actions[2])
-    space = gym.make(ENVS[kind]).action_space
-    assert actions[0].shape == (50, *space.shape) and all(map(space.contains, actions[0]))
+        assert np.array_equal(*actions)
+        assert actions[0].shape == (50, *space.shape) and all(map(space.contains, actions[0]))
     assert loaded.units.obs_mean.abs().sum() > 0  # the normaliser came with it
-    assert not loaded.training and isinstance(loaded.has_density, bool)
+    assert not loaded.training
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_load_policy_of_something_else(file, tmp_path):
-    with pytest.raises(module(file).UserError, match="not the folder of a run") as caught:
-        module(file).load_policy(tmp_path)
-    assert str(tmp_path) in one_line(caught)
-
-
-@pytest.mark.parametrize("file", FILES)
-def test_log_prob_is_a_density_in_the_units_of_the_environment(file, tmp_path):
-    """Its integral over the bounds (-2, 2) is the share of samples that need no clipping."""
-    agent = module(file).load_policy(run(file, "box", tmp_path, normalize_obs=True)[1])
-    obs, n = raw_observations(3, "box"), 20_001
-    if not agent.has_density:
-        with pytest.raises(module(file).UserError):
-            agent.log_prob(obs, np.zeros((3, 1), np.float32))
-        return
-    grid = np.linspace(-2, 2, n, dtype=np.float32)[1:-1, None]
+@pytest.mark.parametrize(("file", "kind"), CASES)
+def test_act_takes_raw_observations_and_gives_what_the_environment_takes(file, kind):
+    """Standardised by the stored mean and deviation, on the way back in the action's units."""
+    m, dim = module(file), 3
     torch.manual_seed(0)
-    for one in obs:
-        density = agent.log_prob(np.tile(one, (n - 2, 1)), grid).double().exp()
-        assert density.shape == (n - 2,)
-        x = torch.tensor(grid[:, 0]).double()
-        samples = agent.act(np.tile(one, (n, 1)), deterministic=False)[:, 0]
-        inside = (abs(samples) < 2).mean()
-        assert torch.trapezoid(density, x).item() == pytest.approx(inside, abs=0.02)
-        expected = samples[abs(samples) < 2].mean() * inside
-        assert torch.trapezoid(density * x, x).item() == pytest.approx(expected, abs=0.05)
+    box = spaces.Box(np.float32([-2, 0]), np.float32([2, 3]))
+    space = box if kind == "box" else spaces.Discrete(4, start=7)
+    units = m.Units(spaces.Box(-np.inf, np.inf, (dim,), np.float32), space)
+    agent = m.Agent(units, args_for(file, kind, Path("out")))
+    for p in agent.parameters():
+        p.data += 0.3 * torch.randn_like(p)
+    units.obs_mean.fill_(5)
+    units.obs_std.fill_(3)
+    obs = torch.randn(200, dim)
+    for deterministic in (True, False):
+        torch.manual_seed(1)
+        found = m.Policy(agent, units).act((5 + 3 * obs).numpy(), deterministic=deterministic)
+        torch.manual_seed(1)
+        with torch.no_grad():
+            expected = agent.act(obs, deterministic).numpy()
+        if kind == "box":
+            assert expected.min() < -0.05 and expected.max() > 0.05
+            expected = np.float32([-2, 0]) + (expected + 1) / 2 * np.float32([4, 3])
+            expected = expected.clip(box.low, box.high)
+            assert found == pytest.approx(expected, abs=2e-3)
+        else:
+            assert np.mean(found == expected + 7) > 0.97 and len(set(found)) > 1  # rounding
+        assert all(map(space.contains, found))
 
 
-@pytest.mark.parametrize("file", [file for file, kind in CASES if kind == "discrete"])
-def test_probabilities_sum_to_one_and_agree_with_log_prob(file, tmp_path):
-    agent = module(file).load_policy(run(file, "discrete", tmp_path)[1])
-    obs = raw_observations(40, "discrete")
-    probabilities = agent.probabilities(obs)
-    assert probabilities.shape == (40, 2) and (probabilities >= 0).all()
-    assert probabilities.sum(1).tolist() == pytest.approx([1] * 40, abs=1e-6)
-    for action in (0, 1):
-        log_prob = agent.log_prob(obs, np.full(40, action))
-        assert torch.allclose(log_prob.exp(), probabilities[:, action], atol=1e-6)
-    assert np.array_equal(agent.act(obs), probabilities.argmax(1).numpy())
-    torch.manual_seed(0)
-    many = agent.act(np.tile(obs[0], (4000, 1)), deterministic=False)
-    assert many.mean() == pytest.approx(probabilities[0, 1].item(), abs=0.04)
-
-
-@pytest.mark.parametrize("file", FILES)
-def test_one_observation_without_the_batch_axis_is_an_error_not_garbage(file, tmp_path):
+@pytest.mark.parametrize("shape", [(3,), (2, 4), (5, 1), (0,), ()])
+def test_observations_of_another_shape_are_an_error_not_garbage(shape, usual):
     """Three numbers of one Pendulum would otherwise broadcast to three observations."""
-    agent = module(file).load_policy(run(file, "box", tmp_path, steps=1)[1])
-    with pytest.raises((RuntimeError, module(file).UserError)):
-        agent.act(np.zeros(3, np.float32))
+    policy = cql.load_policy(usual("cql.py", "box")[1])
+    with pytest.raises(UserError, match=re.escape(f"shape {shape} given, needed are (N, ...)")):
+        policy.act(np.zeros(shape, np.float32))
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_dict_observations_in_training_evaluation_and_the_loaded_policy(
-    file, tmp_path, monkeypatch
-):
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e300])
+def test_observations_that_are_no_numbers_are_an_error(value, usual):
+    policy = cql.load_policy(usual("cql.py", "box")[1])
+    with pytest.raises(UserError, match="an observation is NaN or infinite"):
+        policy.act(np.array([[0, 0, 0], [0, value, 0]]))
+
+
+def test_dict_observations_in_training_evaluation_and_the_loaded_policy(tmp_path, monkeypatch):
     """Stored datasets have sorted keys, this environment has not: both must be flattened alike."""
-    seen = []
-
-    def watching(agent):
-        act = agent.act
-
-        def record(obs, *rest):
-            seen.append(obs)
-            return act(obs, *rest)
-
-        agent.act = record
-
+    seen, act = [], cql.Policy.act
     with monkeypatch.context() as patch:
-        watch_agent(file, patch, watching)
-        result, folder = run(file, "box", tmp_path, dataset_id=("lab/dict-v0",))
-    assert len(seen) == (1 + 1 + 2 * 1) * 5 - 5 and seen[-1].shape == (2, 5)
+        patch.setattr(cql.Policy, "act", lambda self, obs: (seen.append(obs), act(self, obs))[1])
+        result, folder = run("cql.py", "box", tmp_path, dataset_id=("lab/dict-v0",))
+    assert len(seen) == 3 * 5 and seen[-1].shape == (2, 5)
     for obs in seen:  # angle (2), mode (one-hot, 2), speed (1)
         assert (obs[:, :2] <= 1).all() and (obs[:, 4] >= 10).all()
         assert (obs[:, 2:4].sum(1) == 1).all()
     assert -10 <= result["return_mean"] <= 15 and result["score"] is None
-    agent = module(file).load_policy(folder)
-    env = DictEnv()
-    obs = spaces.flatten(agent.units.observation_space, env.reset(seed=0)[0])
-    action = agent.act(obs[None])
+    policy, env = cql.load_policy(folder), DictEnv()
+    obs = spaces.flatten(policy.units.observation_space, env.reset(seed=0)[0])
+    action = policy.act(obs[None])
     assert action.shape == (1, 1) and env.action_space.contains(action[0].astype(np.float32))
 
 
@@ -1030,8 +965,7 @@ class Line(gym.Env):
         self.closed = True
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_evaluate(file):
+def test_evaluate():
     """Its own seed for each episode, one batched act for those alive, none stepped after its end,
     undiscounted sums, and the random states of the process as before."""
     calls = []
@@ -1040,12 +974,10 @@ def test_evaluate(file):
         calls.append(obs)
         return obs[:, :1] + 0 * torch.rand(1).numpy()
 
-    space = spaces.Box(-np.inf, np.inf, (2,), np.float32)
-    units = module(file).Units(space, spaces.Box(-1, 1, (1,), np.float32))
     Line.made.clear()
     torch.manual_seed(5)
     rng, numpy_rng = torch.get_rng_state(), np.random.get_state()[1].copy()
-    returns = module(file).evaluate(SimpleNamespace(units=units, act=act), Line, 5)
+    returns = cql.evaluate(SimpleNamespace(act=act), Line, 5)
     assert [env.seed for env in Line.made] == [10_000, 10_001, 10_002, 10_003, 10_004]
     lengths = [min(1 + seed % 4, 3) for seed in range(10_000, 10_005)]
     assert lengths == [1, 2, 3, 3, 1]
@@ -1062,120 +994,100 @@ def test_evaluate(file):
     assert np.array_equal(np.random.get_state()[1], numpy_rng)
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_evaluate_seeds_what_the_policy_draws(file):
+def test_evaluate_seeds_what_the_policy_draws():
     """The same result whatever the state of the process."""
-
-    def act(obs):
-        return torch.rand(len(obs), 1).numpy()
-
-    space = spaces.Box(-np.inf, np.inf, (2,), np.float32)
-    units = module(file).Units(space, spaces.Box(-1, 1, (1,), np.float32))
-    agent, found = SimpleNamespace(units=units, act=act), []
+    policy, found = SimpleNamespace(act=lambda obs: torch.rand(len(obs), 1).numpy()), []
     for seed in (0, 1):
         torch.manual_seed(seed)
-        found.append(module(file).evaluate(agent, Line, 5).tolist())
+        found.append(cql.evaluate(policy, Line, 5).tolist())
     assert found[0] == found[1] and len(set(found[0])) == 5
 
 
-@pytest.mark.parametrize("file", [f for f in FILES if has_flag(f, "reward_scale")])
-def test_reported_returns_are_raw(file, tmp_path):
-    result, folder = run(file, "box", tmp_path, reward_scale=100.0, reward_shift=-7.0)
-    plain = run(file, "box", tmp_path, reward_scale=1.0)[0]
-    assert result["data_return_mean"] == plain["data_return_mean"]
-    for row in rows(folder / "returns.csv"):  # 12 steps of Pendulum cost at most 16.3 each
-        assert -12 * 16.3 <= float(row["return"]) <= 0
+def test_reported_returns_are_raw(usual, tmp_path):
+    result = run("cql.py", "box", tmp_path, reward_scale=100.0, reward_shift=-7.0)[0]
+    assert result["data_return_mean"] == usual("cql.py", "box")[0]["data_return_mean"]
+    for value in result["returns"]:  # 12 steps of Pendulum cost at most 16.3 each
+        assert -12 * 16.3 <= value <= 0
 
 
-@pytest.mark.parametrize(("file", "kind"), CASES)
-def test_without_an_environment_it_trains_logs_and_saves(file, kind, tmp_path, capsys):
-    bare = {"dataset_id": (f"lab/{kind}-bare-v0",)}
-    result, folder = run(file, kind, tmp_path, **bare)
+@pytest.mark.parametrize("file", TRAINING)
+def test_without_an_environment_it_trains_logs_and_saves(file, tmp_path, capsys):
+    bare = {"dataset_id": ("lab/box-bare-v0",)}
+    result, folder = run(file, "box", tmp_path, **bare)
     printed = capsys.readouterr().out
     assert "no evaluation" in printed and "--env-id" in printed and "ope.py" in printed
-    assert "return of the policy" not in printed
     assert [result[k] for k in ("return_mean", "return_std", "score")] == [None] * 3
-    assert result["data_return_mean"] is not None
+    assert result["returns"] == [] and result["data_return_mean"] is not None
     metrics = rows(folder / "metrics.csv")
     assert [row["step"] for row in metrics] == ["4", "8", "12"]
     assert {row["return_mean"] for row in metrics} == {""}
-    assert rows(folder / "returns.csv") == []
-    assert (folder / "returns.csv").read_text() == "step,seed,return\n"
-    module(file).load_policy(folder).act(raw_observations(2, kind))
-    result, other = run(file, kind, tmp_path, env_id=ENVS[kind], **bare)
-    assert result["return_mean"] is not None and len(rows(other / "returns.csv")) == 4
+    module(file).load_policy(folder).act(raw_observations(2, "box"))
+    result, other = run(file, "box", tmp_path, env_id="Pendulum-v1", eval_every=0, **bare)
+    assert result["return_mean"] < 0 and len(result["returns"]) == 2
     assert equal(weights(folder), weights(other))
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_no_episodes_mean_no_evaluation(file, tmp_path, capsys):
-    result, folder = run(file, "box", tmp_path, eval_episodes=0)
-    assert [result[k] for k in ("return_mean", "return_std", "score")] == [None] * 3
-    assert (folder / "returns.csv").read_text() == "step,seed,return\n"
-    printed = capsys.readouterr().out
-    assert "return of the policy" not in printed
-
-
-@pytest.mark.parametrize("file", FILES)
-def test_the_score_is_0_and_100_at_the_reference_returns(file, tmp_path, monkeypatch):
+def test_the_score_is_0_and_100_at_the_reference_returns(tmp_path, monkeypatch):
     for value, score in ((-99.0, 0), (101.0, 100), (1.0, 50)):
-        with monkeypatch.context() as patch:
-            fixed = lambda agent, make_env, n, value=value: np.full(n, value)  # noqa: E731
-            patch.setattr(module(file), "evaluate", fixed)
-            result = run(file, "box", tmp_path, steps=1)[0]
+        monkeypatch.setattr(cql, "evaluate", lambda p, e, n, value=value: np.full(n, value))
+        result = run("cql.py", "box", tmp_path, steps=1)[0]
         assert result["score"] == pytest.approx(score) and result["return_std"] == 0
 
 
 # ---- Health ----
 
 
-def health_data(file, reward):
-    """Three steps, one episode, with these rewards."""
-    m = module(file)
-    units = m.Units(spaces.Box(-1, 1, (1,), np.float32), spaces.Discrete(2))
-    x = torch.zeros(3, 1)
-    batch = m.Batch(x, torch.zeros(3, dtype=torch.int64), torch.tensor(reward), x, torch.zeros(3))
-    return m.Data(units, all=batch, episode=torch.zeros(3, dtype=torch.int64))
+def health_data(reward, terminal=0.0, lengths=(3,)):
+    """Transitions of episodes of these lengths, with these rewards; the last of each terminal."""
+    lengths = torch.tensor(lengths)
+    x, end = torch.zeros(len(reward), 1), torch.zeros(len(reward))
+    end[lengths.cumsum(0) - 1] = terminal
+    batch = cql.Batch(x, x, torch.tensor(reward), x, end)
+    episode = torch.arange(len(lengths)).repeat_interleave(lengths)
+    return SimpleNamespace(transitions=batch, episode=episode)
 
 
-@pytest.mark.parametrize("file", [f for f in FILES if hasattr(module(f), "q_health")])
 @pytest.mark.parametrize(
-    ("q_data", "q_policy", "says", "advice"),
+    ("q_data", "q_policy", "problem"),
     [
-        (3.0, 4.0, "Q(s, pi(s)) = 4, Q on the data 3,", None),
-        (3.0, 40.0, "Q(s, pi(s)) = 40 exceeds every return possible (20)", "Lower it."),
-        (3.0, -11.0, "Q(s, pi(s)) = -11 is below every return possible (-10)", "Raise it."),
-        # Only Q at the data's actions is off: the line must not say it of Q(s, pi(s)).
-        (40.0, 4.0, "40", None),
-        (-11.0, 4.0, "-11", None),
+        (3.0, 4.0, None),
+        (3.0, 40.0, "the critic extrapolates. Lower it."),
+        (40.0, 4.0, "the critic extrapolates. Lower it."),
+        (3.0, -11.0, "too pessimistic. Raise it."),
+        (-11.0, 4.0, "too pessimistic. Raise it."),
     ],
 )
-def test_q_health(file, q_data, q_policy, says, advice):
-    data = health_data(file, [-1.0, 2.0, 0.0])
+def test_q_health(q_data, q_policy, problem):
     metrics = {"q_data": q_data, "q_policy": q_policy}
-    line = module(file).q_health(metrics, data, 0.9, "Lower it.", "Raise it.")
-    assert says in line and "\n" not in line
-    assert all((word in line) == (word == advice) for word in ("Lower it.", "Raise it.") if advice)
-    assert "= 4 exceeds" not in line and "= 4 is below" not in line
-    if says.startswith("Q(s, pi(s)) = 4,"):
-        assert "possible are -10 to 20" in line and "exceeds" not in line
+    line = cql.q_health(metrics, health_data([-1.0, 2.0, 0.0]), 0.9, "Lower it.", "Raise it.")
+    assert line.startswith(f"Q(s, pi(s)) = {q_policy:g}, Q on the data {q_data:g}, where")
+    assert "possible are -10 to 20" in line and "\n" not in line
+    assert line.endswith(problem or "20")
+
+
+def test_q_health_takes_the_mean_of_the_discounted_returns_and_the_longest_episode():
+    rewards, gamma = [1.0, 2.0, 3.0, 5.0, 7.0], 0.5
+    returns = [1 + (2 + 3 * gamma) * gamma, 2 + 3 * gamma, 3, 5 + 7 * gamma, 7]
+    for terminal, steps in ((0.0, 2), (1.0, 1 + 0.5 + 0.25)):  # cut: it might have gone on
+        data = health_data(rewards, terminal, (3, 2))
+        line = cql.q_health({"q_data": 1, "q_policy": 1}, data, gamma, "", "")
+        assert f"average {np.mean(returns):.4g}; possible are 0 to {7 * steps:.4g}" in line
 
 
 # ---- Copied out alone ----
 
 
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("file", TRAINING)
 def test_copied_out_alone_it_runs(file, tmp_path):
     """In an empty folder, with the built-in data, by the command line."""
     (tmp_path / file).write_bytes((ROOT / file).read_bytes())
-    flags = {k: v for k, v in TINY.items() if k in ("model_epochs", "rollout_starts")}
-    flags |= {"steps": 20, "eval_episodes": 2}
+    flags = {"steps": 2, "eval_episodes": 1, "model_epochs": 1, "rollout_starts": 16}
     flags = {k: v for k, v in flags.items() if has_flag(file, k)}
     command = [x for k, v in flags.items() for x in (f"--{k.replace('_', '-')}", v)]
     process = start(tmp_path, file, *command)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    assert "pendulum/mixed-v0: built in" in out and "return of the policy" in out
+    assert "pendulum/mixed-v0: built in" in out and "Traceback" not in err
     (folder,) = (tmp_path / "runs").iterdir()
-    assert json.loads((folder / "result.json").read_text())["steps"] == 20
-    assert {p.name for p in tmp_path.iterdir()} <= {file, "runs"}
+    assert json.loads((folder / "result.json").read_text())["steps"] == 2
+    assert {p.name for p in tmp_path.iterdir()} == {file, "runs"}
