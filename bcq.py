@@ -49,7 +49,8 @@ Differs from the papers:
   D4 The last term of (5) is the official code's alone.
   D5 So are the means and the 1/2 of (6): they make it the evidence lower bound of a decoder with
      noise of std 0.35. Where a state's actions have a smaller std, all its b_i are their mean.
-  D6 All learning rates fall to 0 along a cosine: with constant ones a run ends less steadily.
+  D6 All learning rates fall to 0 along a cosine: with constant ones a run ends less steadily. phi
+     is 0.2, the paper's 0.05.
 
 Papers: Fujimoto, Meger, Precup (2019), arXiv 1812.02900, Box; Fujimoto, Conti, Ghavamzadeh, Pineau
 (2019), arXiv 1910.01708, Discrete. Written from them; no code from elsewhere.

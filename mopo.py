@@ -674,11 +674,6 @@ def polyak_update(target, source, rate):
     torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), rate)
 
 
-def pick(values, index):
-    """values (N, A), index (N,) -> values[n, index[n]] (N,)."""
-    return values.gather(1, index[:, None])[:, 0]
-
-
 class UserError(Exception):
     """Bad input, or a run that has to stop: one line on what is wrong, where, and what to do."""
 

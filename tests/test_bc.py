@@ -276,6 +276,9 @@ def test_main_trains_and_measures_on_the_training_part_alone(tmp_path, monkeypat
     assert result["held_out_nll"] == pytest.approx(agent.actor_loss(held_out).item(), rel=1e-6)
     assert result["nll"] == pytest.approx(agent.actor_loss(probe).item(), rel=1e-6)
     assert result["data_return_mean"] == pytest.approx(49.5)
+    (csv,) = tmp_path.glob("*/metrics.csv")
+    header, *rows = [line.split(",") for line in csv.read_text().splitlines()]
+    assert len(rows) == 2 and all(row[header.index("held_out_nll")] for row in rows)
 
 
 def test_health_warns_where_the_held_out_loss_is_more_than_1_higher():

@@ -488,6 +488,14 @@ def test_alpha_0_is_sac_without_entropy_in_the_backup_bit_for_bit():
     for mine, its in ((q, agent.critic), (q_target, agent.critic_target), (pi, agent.policy)):
         assert all(torch.equal(a, b) for a, b in zip(mine, its.parameters(), strict=True))
     assert torch.equal(log_temperature, agent.log_temperature)
+    assert "gap" not in agent.update(batch)  # nor pays for it
+
+
+@pytest.mark.parametrize("make", [discrete_agent, continuous_agent])
+def test_a_target_gap_of_0_is_one_too(make):
+    torch.manual_seed(0)
+    agent = make(target_gap=0.0)
+    assert agent.update(random_batch(agent))["gap"] > 0 < agent.log_alpha
 
 
 def test_the_target_gap_is_reached():

@@ -214,7 +214,11 @@ def test_held_out_are_whole_episodes_that_the_fit_never_sees(monkeypatch):
     monkeypatch.setattr(
         Model, "terminal_logit", lambda m, s: ends.append(s) or terminal_logit(m, s)
     )
+    adam, made = mopo.Adam, []
+    monkeypatch.setattr(mopo, "Adam", lambda *x, **y: made.append(adam(*x, **y)) or made[-1])
     model, held_out = fitted(data, model_epochs=3, terminal_updates=50)
+    rates = [optimizer.lr.item() for optimizer in made]  # the classifier's falls
+    assert rates == pytest.approx([1e-3, 0], abs=1e-8)
     assert len(held_out) == 3 * 20  # a tenth of 25 episodes, rounded up
     assert (data.episode[held_out].bincount(minlength=25) % 20 == 0).all()
     train = torch.ones(500, dtype=torch.bool)
@@ -765,6 +769,7 @@ def test_a_terminal_transition_is_worth_its_reward_and_the_others_bootstrap():
     agent, _ = world_agent()
     batch = random_batch(terminal=1.0)
     assert torch.equal(agent.target(batch), batch.reward)
+    assert not agent.target(batch).requires_grad
     assert (agent.target(batch._replace(terminal=torch.zeros(8))) != batch.reward).all()
 
 

@@ -41,6 +41,7 @@ ENVS = {"box": "Pendulum-v1", "discrete": "CartPole-v1"}
 pytestmark = pytest.mark.filterwarnings("ignore")  # Minari asks for an author and the like
 
 TINY = {  # whatever of these a file has
+    "seed": 4,
     "steps": 12,
     "log_every": 4,
     "eval_every": 4,
@@ -287,7 +288,7 @@ def test_one_thread_unless_told_otherwise(monkeypatch):
 @pytest.mark.parametrize(("file", "kind"), CASES)
 def test_a_run_leaves_what_the_design_says(file, kind, usual):
     name, (result, folder, printed, _) = file.removesuffix(".py"), usual(file, kind)
-    assert re.fullmatch(rf"{name}__lab-{kind}-v0__s0__\d{{8}}-\d{{6}}-\d{{6}}", folder.name)
+    assert re.fullmatch(rf"{name}__lab-{kind}-v0__s4__\d{{8}}-\d{{6}}-\d{{6}}", folder.name)
     files = {"args.json", "metrics.csv", "checkpoint.pt", file, "result.json"}
     assert {p.name for p in folder.iterdir()} - {"model.txt"} == files
     times = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
@@ -316,7 +317,7 @@ def test_a_run_leaves_what_the_design_says(file, kind, usual):
 
     assert json.loads((folder / "result.json").read_text()) == result
     assert (result["algorithm"], result["dataset"]) == (name, f"lab/{kind}-v0")
-    assert (result["seed"], result["steps"], len(result["returns"])) == (0, 12, 2)
+    assert (result["seed"], result["steps"], len(result["returns"])) == (4, 12, 2)
     assert result["return_mean"] == pytest.approx(np.mean(result["returns"]))
     assert result["return_mean"] == float(metrics[-1]["return_mean"])
     assert result["return_std"] == pytest.approx(np.std(result["returns"]))
@@ -472,12 +473,21 @@ def test_stopped_inside_any_write_and_resumed(stop, usual, tmp_path, monkeypatch
 def test_write_is_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "file"
     cql.write(path, b"old")
-    for name, message in (("write_bytes", "No space left"), ("replace", "quota")):
+    write_bytes = Path.write_bytes
+
+    def full(path, _):
+        write_bytes(path, b"ne")
+        raise OSError(28, "No space left")
+
+    def forbidden(path, target):
+        raise PermissionError(1, "Operation not permitted")
+
+    for name, broken, message in (
+        ("write_bytes", full, "No space left"),
+        ("replace", forbidden, "not permitted"),
+    ):
         with monkeypatch.context() as patch:
-            broken = failing(getattr(Path, name), 1, OSError(28, message))
             patch.setattr(Path, name, broken)
-            if name == "replace":
-                patch.setattr(Path, name, lambda *_: broken(path, path))
             with pytest.raises(UserError, match=rf"cannot write {path}, .*{message}") as caught:
                 cql.write(path, b"new")
         one_line(caught)
