@@ -137,6 +137,7 @@ def print_table(path):
 
 
 if __name__ == "__main__":
+    ope.use_cpu_well()
     path = Path(sys.argv[1])
     if not sys.argv[2:]:
         print_table(path)

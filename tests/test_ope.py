@@ -359,7 +359,7 @@ def test_the_summary_of_weights(mdp):
     assert summary.error == pytest.approx(w[:, -1].std(ddof=1) / np.sqrt(30))
     assert summary.largest == pytest.approx(w[:, -1].max() / w[:, -1].sum())
     zero = ope.weight_summary(np.array([[1.0, 2.0], [3.0, 0.0], [0.0, 5.0], [0.0, 0.0]]))
-    assert zero.nonzero == 0.25 and zero.sizes.tolist() == [1.6, 1.0] and zero.largest == 1
+    assert zero.nonzero == 0.25 and zero.sizes == pytest.approx([1.6, 1.0]) and zero.largest == 1
     none = ope.weight_summary(np.array([[1.0, 0.0]] * 5))
     assert none.sizes.tolist() == [5.0, 0.0] and none.nonzero == 0
 
@@ -673,35 +673,29 @@ def test_fqe_is_the_certainty_equivalent_value_of_each_half(monkeypatch):
 
 
 def test_the_interval_of_fqe():
-    """se^2 = mean d_k^2 + var / n, the error on the logged policy beside it, 4 degrees of freedom;
-    and the gain, paired: members that repeat the returns gain nothing, with certainty."""
+    """se^2 = mean d_k^2 + var / n with 4 degrees of freedom; and the gain, paired: members that repeat
+    the returns of their own half, plus 1.5, gain 1.5 for certain."""
     rng = np.random.default_rng(0)
     fold = torch.tensor(rng.permuted(np.tile([0, 1], (4, 10)), axis=1).T)
     members, returns = rng.normal(size=(20, 4, 2)), rng.normal(size=20)
-    log = SimpleNamespace(fold=fold, returns=returns, n=20, errors={"FQE": 0.0})
+    log = SimpleNamespace(fold=fold, returns=returns, n=20)
     e = ope.fqe_estimate(members, log)
     d = np.diff(members.mean(0), axis=1) / 2
     se = np.sqrt((d**2).mean() + members.mean((1, 2)).var(ddof=1) / 20)
     expected = members.mean() - 2.7764 * se, members.mean() + 2.7764 * se
     assert (e.low, e.high) == pytest.approx(expected, abs=1e-3)
-    log.errors["FQE"] = -2.0
-    assert ope.fqe_estimate(members, log).high - e.value == pytest.approx(
-        2.7764 * np.hypot(se, 2.0), abs=1e-3
-    )
-    log.errors["FQE"] = 0.0
     repeated = np.broadcast_to(returns[:, None, None], (20, 4, 2)) + 1.5
     assert ope.fqe_estimate(repeated, log).gain == pytest.approx((1.5, 1.5, 1.5))
-    seen = np.stack([fold.numpy() == 0, fold.numpy() == 1], -1)  # else 1000: only own halves count
-    assert ope.fqe_estimate(np.where(seen, repeated, 1000.0), log).gain[1] > 0
+    seen = np.stack([fold.numpy() == 0, fold.numpy() == 1], -1)  # else 1000, which must not count
     gain = ope.fqe_estimate(np.where(seen, repeated, 1000.0), log).gain
     assert gain[2] - gain[1] == pytest.approx(0, abs=1e-9)
 
 
 def test_fqe_covers_in_a_table():
-    """Exact tabular FQE on halves, 300 logs: the interval holds the truth in 93 to 99.5%."""
+    """Exact tabular FQE on halves, 200 logs: the interval holds the truth in 93 to 99.5%."""
     mdp, hits = MDP(3), []
     rng, truth = np.random.default_rng(0), mdp.value(mdp.target)
-    for _ in range(300):
+    for _ in range(200):
         state, action, reward, _ = mdp.sample(80)
         after = np.column_stack([state[:, 1:], np.full(80, -1)])  # -1: cut, not used
         fold = torch.tensor(rng.permuted(np.tile([0, 1], (4, 40)), axis=1).T)
@@ -714,7 +708,7 @@ def test_fqe_covers_in_a_table():
             certain.P = counts / counts.sum(2, keepdims=True)
             certain.P[S] = mdp.P[S]
             members[:, k, j] = (mdp.target * certain.q(mdp.target)).sum(2)[T, state[:, 0]]
-        log = SimpleNamespace(fold=fold, returns=reward.sum(1), n=80, errors={"FQE": 0.0})
+        log = SimpleNamespace(fold=fold, returns=reward.sum(1), n=80)
         e = ope.fqe_estimate(members, log)
         hits.append(e.low <= truth <= e.high)
     assert 0.93 <= np.mean(hits) <= 0.995
@@ -1018,7 +1012,7 @@ def runs(tmp_path_factory):
 
 
 def test_the_example_runs_and_the_horizon_collapses_the_sample(capsys):
-    args = Args(verify_episodes=50, **(QUICK | {"steps": 200}))
+    args = Args(verify_episodes=50, **(QUICK | {"steps": 100, "hidden": (32,)}))
     (one,) = ope.main(args).values()
     text = capsys.readouterr().out
     names = ["IS", "PDIS", "WIS", "PDWIS", "RIS", "DR", "WDR", "MAGIC", "FQE", "model"]
@@ -1033,8 +1027,8 @@ def test_the_example_runs_and_the_horizon_collapses_the_sample(capsys):
         assert line in text
     assert text.splitlines()[-1].startswith("verdict: ")
     assert "* no 95% interval (model)" in text
-    (one,) = ope.main(Args(horizon=500, verify_episodes=2, **QUICK)).values()
-    assert one.weights.sizes[-1] < 50
+    (one,) = ope.main(Args(horizon=200, verify_episodes=2, **QUICK)).values()
+    assert one.weights.sizes[-1] < 10 and "effective sample size" in verdict(one)
 
 
 def test_the_order_of_policies_changes_nothing():
@@ -1079,12 +1073,15 @@ def test_parts_of_datasets():
 
 
 def test_box_runs_in_both_modes(runs, capsys):
-    for name in ("bc_pendulum", "cql_pendulum", "bcq_pendulum"):
-        for mode in ("stochastic", "deterministic"):
-            flags = {"policy_mode": mode, "horizon": 2, "verify": True, "verify_episodes": 3}
-            (one,) = ope.main(Args(run=(runs[name],), **flags, **QUICK)).values()
-            assert -40 < one.truth[0] < 0 and not one.seen
-            if mode == "deterministic" or name == "bcq_pendulum":
+    """BCQ has samples only, and a deterministic policy no density: FQE and the model are left."""
+    names = {name: runs[f"{name}_pendulum"] for name in ("bc", "cql", "bcq")}
+    flags = {"dataset_id": ("pendulum/random-v0[:15%]",), "horizon": 2} | QUICK
+    for mode in ("stochastic", "deterministic"):
+        reports = ope.main(Args(run=tuple(names.values()), policy_mode=mode, **flags))
+        for name, folder in names.items():
+            one = reports[folder]
+            assert not one.seen and np.isfinite(one.estimates["FQE"].value)
+            if mode == "deterministic" or name == "bcq":
                 assert "has no density" in one.problem and set(one.estimates) == {"FQE", "model"}
                 assert "has no density" in verdict(one)
             else:

@@ -681,7 +681,7 @@ VALUES = {
     "lam": 0.3,
     # bcq
     "threshold": 1.0,
-    "phi": 0.2,
+    "phi": 0.05,
     "soft_min": 0.5,
     "target_samples": 5,
     "act_samples": 7,
