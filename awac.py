@@ -439,6 +439,8 @@ class Units(nn.Module):
         if self.discrete:
             return action.cpu().numpy() + space.start
         action = (self.center + action * self.half_range).cpu().numpy()
+        if not np.isfinite(action).all():
+            raise UserError("the policy's action is NaN: observations are far from the data's")
         return action.reshape(-1, *space.shape).clip(space.low, space.high)
 
 
@@ -671,12 +673,12 @@ class Replay:
                 self.obs, _ = self.env.reset(seed=self.run.args.seed + self.episodes)
             action = self.run.policy.act(self.obs[None], deterministic=False)
             next_obs, reward, terminated, truncated, _ = self.env.step(action[0])
-            if not math.isfinite(reward):
+            if not abs(reward) < 1e30:
                 raise UserError(f"the reward is {reward}")
             obs, next_obs_row = data.units.obs(np.stack([self.obs, next_obs]))
+            reward = reward * data.reward_scale + data.reward_shift
+            row = obs, data.units.action(action)[0], reward, next_obs_row, float(terminated)
         self.obs, self.ended = next_obs, terminated or truncated
-        reward = reward * data.reward_scale + data.reward_shift
-        row = obs, data.units.action(action)[0], reward, next_obs_row, float(terminated)
         for x, value in zip(self.columns, (*row, len(data.returns) + self.episodes), strict=True):
             x[size] = value
         self.show(size + 1)
@@ -818,10 +820,13 @@ class Run:
         self.step, self.metrics, self.returns = 0, [], []  # returns: of the last evaluation
         self.extra = {}  # whatever else a method must find again
         if state:
-            self.folder, self.began = state["folder"], self.began - state["seconds"]
+            self.folder = state["folder"]
             with blaming(f"{self.folder}: its checkpoint does not fit"):
+                self.began -= state["seconds"]
                 self.step, self.metrics = state["step"], state["metrics"]
                 self.returns, self.extra = state["returns"], state["extra"]
+                if self.step != (self.metrics[-1]["step"] if self.metrics else 0):
+                    raise UserError("its step is not that of its last metrics")
                 self.policy.load_state_dict(state["policy"])
                 torch.set_rng_state(state["rng"])
                 torch.cuda.set_rng_state_all(state["cuda_rng"])
@@ -937,8 +942,8 @@ def read_checkpoint(folder, device="cpu"):
             raise UserError(f"no readable checkpoint.pt, {type(error).__name__}") from error
         if not isinstance(state, dict) or state.get("algorithm") != ALGORITHM:
             raise UserError("its checkpoint.pt is of something else")
-        if any(x.isnan().any() for x in state["policy"].values()):
-            raise UserError("its checkpoint.pt has weights that are NaN")
+        if not all((x < math.inf).all() for x in state["policy"].values()):  # nor NaN
+            raise UserError("its checkpoint.pt has weights that are NaN or infinite")
         return state | {"folder": Path(folder), "args": Args(**state["args"])}
 
 

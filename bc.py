@@ -350,6 +350,8 @@ class Units(nn.Module):
         if self.discrete:
             return action.cpu().numpy() + space.start
         action = (self.center + action * self.half_range).cpu().numpy()
+        if not np.isfinite(action).all():
+            raise UserError("the policy's action is NaN: observations are far from the data's")
         return action.reshape(-1, *space.shape).clip(space.low, space.high)
 
 
@@ -670,10 +672,13 @@ class Run:
         self.step, self.metrics, self.returns = 0, [], []  # returns: of the last evaluation
         self.extra = {}  # whatever else a method must find again
         if state:
-            self.folder, self.began = state["folder"], self.began - state["seconds"]
+            self.folder = state["folder"]
             with blaming(f"{self.folder}: its checkpoint does not fit"):
+                self.began -= state["seconds"]
                 self.step, self.metrics = state["step"], state["metrics"]
                 self.returns, self.extra = state["returns"], state["extra"]
+                if self.step != (self.metrics[-1]["step"] if self.metrics else 0):
+                    raise UserError("its step is not that of its last metrics")
                 self.policy.load_state_dict(state["policy"])
                 torch.set_rng_state(state["rng"])
                 torch.cuda.set_rng_state_all(state["cuda_rng"])
@@ -789,8 +794,8 @@ def read_checkpoint(folder, device="cpu"):
             raise UserError(f"no readable checkpoint.pt, {type(error).__name__}") from error
         if not isinstance(state, dict) or state.get("algorithm") != ALGORITHM:
             raise UserError("its checkpoint.pt is of something else")
-        if any(x.isnan().any() for x in state["policy"].values()):
-            raise UserError("its checkpoint.pt has weights that are NaN")
+        if not all((x < math.inf).all() for x in state["policy"].values()):  # nor NaN
+            raise UserError("its checkpoint.pt has weights that are NaN or infinite")
         return state | {"folder": Path(folder), "args": Args(**state["args"])}
 
 

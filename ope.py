@@ -351,7 +351,7 @@ def weight_problem(weights):
     if not ess:
         problem = f"no overlap: no logged episode follows the policy for more than {known} steps"
         enough = known
-    elif weights.mean > 10 or abs(weights.mean - 1) > 3 * weights.error:
+    elif weights.mean > 10 or abs(weights.mean - 1) > 3 * weights.error + 1e-3:
         return (
             f"weights average {weights.mean:.2g}, not 1: logs lack what it does, or pi_b is wrong"
         )
@@ -1238,6 +1238,8 @@ class Units(nn.Module):
         if self.discrete:
             return action.cpu().numpy() + space.start
         action = (self.center + action * self.half_range).cpu().numpy()
+        if not np.isfinite(action).all():
+            raise UserError("the policy's action is NaN: observations are far from the data's")
         return action.reshape(-1, *space.shape).clip(space.low, space.high)
 
 

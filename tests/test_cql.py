@@ -492,10 +492,12 @@ def test_alpha_0_is_sac_without_entropy_in_the_backup_bit_for_bit():
 
 
 @pytest.mark.parametrize("make", [discrete_agent, continuous_agent])
-def test_a_target_gap_of_0_is_one_too(make):
+def test_alpha_starts_at_its_flag_and_a_target_gap_of_0_is_one_too(make):
     torch.manual_seed(0)
-    agent = make(target_gap=0.0)
-    assert agent.update(random_batch(agent))["gap"] > 0 < agent.log_alpha
+    agent = make(target_gap=0.0, alpha=0.7)
+    metrics = {name: value.item() for name, value in agent.update(random_batch(agent)).items()}
+    assert metrics["alpha"] == pytest.approx(0.7)
+    assert metrics["gap"] > 0 and agent.log_alpha.exp() > 0.7005
 
 
 def test_the_target_gap_is_reached():

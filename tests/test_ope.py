@@ -346,7 +346,7 @@ def test_padding_changes_nothing(mdp):
         assert a == pytest.approx(b, abs=1e-12)
     for estimator in (doubly_robust, WDR, magic):
         a, b = estimator(*arrays, mdp.gamma), estimator(*longer, mdp.gamma)
-        assert a == pytest.approx(b, abs=1e-9)
+        assert a == pytest.approx(b, abs=1e-6)
     sizes = [ope.weight_summary(x).sizes[-1] for x in (ratio, pad(ratio, 1.0))]
     assert sizes[0] == pytest.approx(sizes[1])
 
@@ -645,7 +645,7 @@ def test_fqe_is_the_certainty_equivalent_value_of_each_half(monkeypatch):
     """Eight members, each the exact value of the frequencies in its own half; Q and V of an episode
     are the mean of the four that have not seen it."""
     torch.manual_seed(0)
-    mdp, args = MDP(3), Args(steps=1200, gamma=0.9, **TABLE)
+    mdp, args = MDP(3), Args(steps=2000, gamma=0.9, **TABLE)
     data = tabular_data(mdp)
     log = quick_log(data, args, monkeypatch)
     policy = by_table(mdp.target, data.units, args)
@@ -673,8 +673,8 @@ def test_fqe_is_the_certainty_equivalent_value_of_each_half(monkeypatch):
 
 
 def test_the_interval_of_fqe():
-    """se^2 = mean d_k^2 + var / n with 4 degrees of freedom; and the gain, paired: members that repeat
-    the returns of their own half, plus 1.5, gain 1.5 for certain."""
+    """se^2 = mean d_k^2 + var / n with 4 degrees of freedom; and the gain, paired: members that
+    repeat the returns of their own half, plus 1.5, gain 1.5 for certain."""
     rng = np.random.default_rng(0)
     fold = torch.tensor(rng.permuted(np.tile([0, 1], (4, 10)), axis=1).T)
     members, returns = rng.normal(size=(20, 4, 2)), rng.normal(size=20)
@@ -716,7 +716,7 @@ def test_fqe_covers_in_a_table():
 
 def test_fqe_of_terminal_steps_is_their_reward_and_truncated_ones_go_on(monkeypatch):
     torch.manual_seed(0)
-    args = Args(steps=300, gamma=0.5, horizon=3, **TABLE)
+    args = Args(steps=600, gamma=0.5, horizon=3, **TABLE)
     units = ope.Units(spaces.Box(-1, 1, (1,)), spaces.Discrete(2))
     zero, one = torch.zeros(40, 1), torch.ones(40)
     for terminal, expected in ((one, 1.0), (0 * one, 1.75)):  # 1 + 1/2 + 1/4
@@ -965,6 +965,7 @@ def summary(mean=1.0, error=0.1, largest=0.1, sizes=(90.0, 80.0)):
 def test_what_makes_ratios_useless():
     problem = ope.weight_problem
     assert problem(summary()) == "" == problem(summary(mean=1.29))
+    assert problem(summary(mean=1 - 1e-6, error=1e-9)) == ""  # rounding: the logged policy itself
     assert problem(summary(mean=0.5)).startswith("weights average 0.5, not 1")
     assert "weights average 1e+30" in problem(summary(mean=1e30, error=1e30, sizes=(9.0, 1.0)))
     assert "weights average inf" in problem(summary(mean=np.inf, error=np.nan))
