@@ -115,7 +115,7 @@ def choose_episodes(data, args):
     best_first = (-data.returns).argsort(kind="stable")
     lengths = data.episode.bincount().cpu().numpy()[best_first]
     before = lengths.cumsum() - lengths  # transitions in better episodes
-    kept = np.sort(best_first[before < round(args.top_fraction * lengths.sum())])
+    kept = np.sort(best_first[before < max(1, round(args.top_fraction * lengths.sum()))])
     print(f"imitates {len(kept)} of {len(lengths)} episodes")
     kept = np.random.default_rng(args.seed).permutation(kept)
     held_out = math.ceil(round(args.held_out * len(kept), 6))  # D2; 0.07 * 100 is above 7
@@ -312,6 +312,13 @@ class Units(nn.Module):
         super().__init__()
         self.observation_space, self.action_space = observation_space, action_space
         self.obs_dim, self.action_dim = map(spaces.flatdim, (observation_space, action_space))
+        if (
+            not 0
+            < min(self.obs_dim, self.action_dim)
+            <= max(self.obs_dim, self.action_dim)
+            <= 10**5
+        ):
+            raise UserError("observations and actions must have 1 to 100,000 numbers each")
         self.discrete = isinstance(action_space, spaces.Discrete)
         box = isinstance(action_space, spaces.Box) and action_space.dtype.kind == "f"
         box = box and action_space.is_bounded() and (action_space.low < action_space.high).all()
@@ -438,7 +445,7 @@ def open_dataset(dataset_id):
     # AntMaze's umaze: the maze of the evaluation is turned by 180 degrees against the data's.
     make_env = partial(dataset.recover_environment, eval_env="antmaze/umaze" not in dataset_id)
     reference = [dataset.storage.metadata.get(f"ref_{end}_score") for end in ("min", "max")]
-    known = None not in reference and reference[0] != reference[1]
+    known = None not in reference and -math.inf < reference[0] < reference[1] < math.inf
     reference = tuple(map(float, reference)) if known else None
     its_spaces = dataset.observation_space, dataset.action_space
     return dataset, its_spaces, dataset.env_spec and make_env, reference
@@ -538,6 +545,7 @@ class Dataset:
 
         with blaming(f"--device {device}"):
             units = self.units.to(device)
+            units.center.sum().item()  # does it compute?
         s, next_s = np.concatenate([o[:-1] for o in obs]), np.concatenate([o[1:] for o in obs])
         if normalize_obs:
             units.obs_mean = units.tensor(s.mean(0, dtype=np.float64))
@@ -599,13 +607,15 @@ def evaluate(policy, make_env, episodes, seed=10_000):
 
 LIMITS = {  # of flags, bounds included; of others: counts 1 to 10^9, numbers 0 to 10^9
     **dict.fromkeys(("lr", "critic_lr", "actor_lr", "model_lr", "polyak"), (1e-12, 1)),
-    **dict.fromkeys(("hidden", "vae_hidden", "model_hidden"), (1, 10**4)),
+    **dict.fromkeys(("hidden", "vae_hidden", "model_hidden", "rollout_length"), (1, 10**4)),
+    **dict.fromkeys(("samples", "target_samples", "act_samples", "action_samples"), (1, 10**4)),
     **dict.fromkeys(("reward_shift", "target_gap"), (-(10**9), 10**9)),
     **dict.fromkeys(("threshold", "soft_min", "real_ratio"), (0, 1)),
-    **{"seed": (0, 2**32 - 1), "online_steps": (0, 10**8), "batch_size": (1, 10**6)},
+    **dict.fromkeys(("batch_size", "rollout_starts"), (1, 10**6)),
+    **{"seed": (0, 2**32 - 1), "online_steps": (0, 10**8), "top_fraction": (1e-6, 1)},
     **{"eval_every": (0, 10**9), "eval_episodes": (0, 10**4), "reward_scale": (1e-9, 10**9)},
     **{"gamma": (0, 1 - 1e-6), "expectile": (1e-6, 1 - 1e-6), "lam": (1e-6, 10**9)},
-    **{"top_fraction": (1e-6, 1), "held_out": (0, 0.9), "phi": (0, 2)},
+    **{"held_out": (0, 0.9), "phi": (0, 2)},
 }
 
 

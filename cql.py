@@ -12,6 +12,8 @@ policy becomes a lower bound instead of an overestimate.
 
   python cql.py                                   Pendulum, a return of about -140, 90 seconds
   python cql.py --dataset-id cartpole/mixed-v0    Discrete actions; --alpha 0: watch it fail
+  python cql.py --dataset-id pendulum/expert-v0 --bc-weight 1000 --actor-lr 1e-3 --samples 1 \
+    --batch-size 128 --steps 2000                 narrow data (D5), about -140
   python cql.py --dataset-id mujoco/hopper/medium-v0 --alpha 5 --samples 10 --hidden 256 256 256 \
     --actor-lr 3e-5 --critic-lr 3e-4 --polyak 0.005 --steps 1000000 --log-every 5000 \
     --eval-every 50000                            MuJoCo, the official code's weight, hours
@@ -352,7 +354,12 @@ class TanhNormal:
 
 
 def health(metrics, data, args):
-    return q_health(metrics, data, args.gamma, "Raise --alpha.", "Lower --alpha.")
+    """q_health, and where it finds nothing what else can be wrong."""
+    line = q_health(metrics, data, args.gamma, "Raise --alpha.", "Lower --alpha.")
+    if data.units.discrete or line.endswith("alpha."):
+        return line
+    distance = f"actions are {metrics['action_distance']:.2g} from the data's"
+    return f"{line}; {distance}: if the return is poor, the data are narrow, raise --bc-weight"
 
 
 # ---- Plumbing, the same in every file: a reader of the method can stop here ----
@@ -472,6 +479,13 @@ class Units(nn.Module):
         super().__init__()
         self.observation_space, self.action_space = observation_space, action_space
         self.obs_dim, self.action_dim = map(spaces.flatdim, (observation_space, action_space))
+        if (
+            not 0
+            < min(self.obs_dim, self.action_dim)
+            <= max(self.obs_dim, self.action_dim)
+            <= 10**5
+        ):
+            raise UserError("observations and actions must have 1 to 100,000 numbers each")
         self.discrete = isinstance(action_space, spaces.Discrete)
         box = isinstance(action_space, spaces.Box) and action_space.dtype.kind == "f"
         box = box and action_space.is_bounded() and (action_space.low < action_space.high).all()
@@ -598,7 +612,7 @@ def open_dataset(dataset_id):
     # AntMaze's umaze: the maze of the evaluation is turned by 180 degrees against the data's.
     make_env = partial(dataset.recover_environment, eval_env="antmaze/umaze" not in dataset_id)
     reference = [dataset.storage.metadata.get(f"ref_{end}_score") for end in ("min", "max")]
-    known = None not in reference and reference[0] != reference[1]
+    known = None not in reference and -math.inf < reference[0] < reference[1] < math.inf
     reference = tuple(map(float, reference)) if known else None
     its_spaces = dataset.observation_space, dataset.action_space
     return dataset, its_spaces, dataset.env_spec and make_env, reference
@@ -698,6 +712,7 @@ class Dataset:
 
         with blaming(f"--device {device}"):
             units = self.units.to(device)
+            units.center.sum().item()  # does it compute?
         s, next_s = np.concatenate([o[:-1] for o in obs]), np.concatenate([o[1:] for o in obs])
         if normalize_obs:
             units.obs_mean = units.tensor(s.mean(0, dtype=np.float64))
@@ -775,13 +790,15 @@ def q_health(metrics, data, gamma, if_high, if_low):
 
 LIMITS = {  # of flags, bounds included; of others: counts 1 to 10^9, numbers 0 to 10^9
     **dict.fromkeys(("lr", "critic_lr", "actor_lr", "model_lr", "polyak"), (1e-12, 1)),
-    **dict.fromkeys(("hidden", "vae_hidden", "model_hidden"), (1, 10**4)),
+    **dict.fromkeys(("hidden", "vae_hidden", "model_hidden", "rollout_length"), (1, 10**4)),
+    **dict.fromkeys(("samples", "target_samples", "act_samples", "action_samples"), (1, 10**4)),
     **dict.fromkeys(("reward_shift", "target_gap"), (-(10**9), 10**9)),
     **dict.fromkeys(("threshold", "soft_min", "real_ratio"), (0, 1)),
-    **{"seed": (0, 2**32 - 1), "online_steps": (0, 10**8), "batch_size": (1, 10**6)},
+    **dict.fromkeys(("batch_size", "rollout_starts"), (1, 10**6)),
+    **{"seed": (0, 2**32 - 1), "online_steps": (0, 10**8), "top_fraction": (1e-6, 1)},
     **{"eval_every": (0, 10**9), "eval_episodes": (0, 10**4), "reward_scale": (1e-9, 10**9)},
     **{"gamma": (0, 1 - 1e-6), "expectile": (1e-6, 1 - 1e-6), "lam": (1e-6, 10**9)},
-    **{"top_fraction": (1e-6, 1), "held_out": (0, 0.9), "phi": (0, 2)},
+    **{"held_out": (0, 0.9), "phi": (0, 2)},
 }
 
 

@@ -513,11 +513,12 @@ class QNetwork(nn.Module):
         self.register_buffer("center", per_step.mean().float())
         self.register_buffer("scale", (per_step.std() or torch.tensor(1.0)).float())
         self.standardize = Standardize(log.obs)
-        self.net = MLP(members, log.obs.shape[1] + log.action.shape[1] + 1, *args.hidden, 1)
+        self.net = MLP(members, log.obs.shape[1] + log.action.shape[1] + 2, *args.hidden, 1)
 
     def forward(self, obs, action, h):
         annuity = self.annuity[h]
-        x = torch.cat([self.standardize(obs), action, (annuity / self.annuity[-1])[..., None]], -1)
+        left = torch.stack([annuity / self.annuity[-1], 1 / annuity.clamp(min=1)], -1)
+        x = torch.cat([self.standardize(obs), action, left], -1)
         return annuity * (self.center + self.scale * self.net(x)[..., 0])
 
     def value(self, obs, action, weight, h):
@@ -977,8 +978,8 @@ def example_probabilities(obs, gain):
 def example(args, episodes=1000, gains=(5.0, 12.0), seed=0):
     """Logs of an undecided controller (gains[0]) up to --horizon; more decided ones to judge."""
     envs = gym.make_vec("CartPole-v1", episodes, vectorization_mode="vector_entry_point")
-    rng, obs, alive = np.random.default_rng(seed), envs.reset(seed=seed)[0], np.full(episodes, True)
-    steps = []
+    rng = np.random.default_rng((seed, 1))  # not the environment's stream: it draws from `seed`
+    obs, alive, steps = envs.reset(seed=seed)[0], np.full(episodes, True), []
     for _ in range(args.horizon):  # all episodes at once
         p = example_probabilities(obs, gains[0])
         action = (rng.random(episodes) < p[:, 1]).astype(int)
@@ -1200,6 +1201,13 @@ class Units(nn.Module):
         super().__init__()
         self.observation_space, self.action_space = observation_space, action_space
         self.obs_dim, self.action_dim = map(spaces.flatdim, (observation_space, action_space))
+        if (
+            not 0
+            < min(self.obs_dim, self.action_dim)
+            <= max(self.obs_dim, self.action_dim)
+            <= 10**5
+        ):
+            raise UserError("observations and actions must have 1 to 100,000 numbers each")
         self.discrete = isinstance(action_space, spaces.Discrete)
         box = isinstance(action_space, spaces.Box) and action_space.dtype.kind == "f"
         box = box and action_space.is_bounded() and (action_space.low < action_space.high).all()
@@ -1312,7 +1320,7 @@ def open_dataset(dataset_id):
     # AntMaze's umaze: the maze of the evaluation is turned by 180 degrees against the data's.
     make_env = partial(dataset.recover_environment, eval_env="antmaze/umaze" not in dataset_id)
     reference = [dataset.storage.metadata.get(f"ref_{end}_score") for end in ("min", "max")]
-    known = None not in reference and reference[0] != reference[1]
+    known = None not in reference and -math.inf < reference[0] < reference[1] < math.inf
     reference = tuple(map(float, reference)) if known else None
     its_spaces = dataset.observation_space, dataset.action_space
     return dataset, its_spaces, dataset.env_spec and make_env, reference
@@ -1412,6 +1420,7 @@ class Dataset:
 
         with blaming(f"--device {device}"):
             units = self.units.to(device)
+            units.center.sum().item()  # does it compute?
         s, next_s = np.concatenate([o[:-1] for o in obs]), np.concatenate([o[1:] for o in obs])
         if normalize_obs:
             units.obs_mean = units.tensor(s.mean(0, dtype=np.float64))

@@ -282,7 +282,7 @@ def test_main_trains_and_measures_on_the_training_part_alone(tmp_path, monkeypat
 
 
 def test_health_warns_where_the_held_out_loss_is_more_than_1_higher():
-    for held_out, warns in ((1.51, True), (1.49, False), (-1.0, False)):
+    for held_out, warns in ((1.51, True), (1.49, False), (0.0, False), (-1.0, False)):
         line = bc.health({"nll": 0.5, "held_out_nll": held_out}, None, None)
         assert ("by heart" in line) == warns and f"{held_out:.3g}" in line and "0.5" in line
     assert "no episode is held out" in bc.health({"nll": 0.5}, None, None)

@@ -1,0 +1,462 @@
+"""Damaged folders, broken data, environments that fail, numbers beyond sense, full disks: each is
+refused with one line that names the thing, and leaves no half-written file and no NaN in one."""
+
+import math
+import os
+import pickle
+import resource
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from test_data import LINE, UNIT, episode, nan
+from test_run import ROOT, args_for, exit_line, interrupted, module, start, stored, stored_root
+
+import awac
+import bc
+import cql
+import iql
+import mopo
+
+__all__ = ["stored", "stored_root"]  # fixtures
+pytestmark = pytest.mark.filterwarnings("ignore")  # Minari asks for an author and the like
+DATA = (LINE, UNIT)
+
+
+def refuse(call, message, tmp_path, errors=(cql, bc, iql, awac, mopo)):
+    """`call` raises a UserError of one line that matches; no file in tmp_path is half-written."""
+    with pytest.raises(tuple(m.UserError for m in errors), match=message) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    check_files(tmp_path)
+
+
+def check_files(folder):
+    assert not list(folder.rglob("*.tmp")) and not list(folder.rglob("result.json"))
+    for path in folder.rglob("metrics.csv"):
+        assert not {"nan", "inf", "-inf"} & set(path.read_text().replace("\n", ",").split(","))
+    for path in folder.rglob("checkpoint.pt"):
+        assert isinstance(torch.load(path, weights_only=True), dict)
+
+
+# ---- Flags, the environment's and the dataset's id ----
+
+HUGE = 10**30
+RANGE = "it must lie in"
+FLAGS = [  # (file, flags, message)
+    ("cql.py", {"alpha": math.nan}, "--alpha nan: it must lie in 0 to 1e"),
+    ("cql.py", {"alpha": math.inf}, f"--alpha inf: {RANGE}"),
+    ("cql.py", {"alpha": -1.0}, f"--alpha -1.0: {RANGE}"),
+    ("cql.py", {"bc_weight": math.nan}, f"--bc-weight nan: {RANGE}"),
+    ("cql.py", {"target_gap": math.nan}, f"--target-gap nan: {RANGE}"),
+    ("cql.py", {"samples": 0}, f"--samples 0: {RANGE}"),
+    ("cql.py", {"seed": -1}, f"--seed -1: {RANGE}"),
+    ("cql.py", {"seed": HUGE}, f"--seed 1{'0' * 30}: {RANGE}"),
+    ("cql.py", {"steps": 0}, f"--steps 0: {RANGE}"),
+    ("cql.py", {"steps": HUGE}, rf"--steps \d+: {RANGE}"),
+    ("cql.py", {"steps": 1.5}, "--steps 1.5: a whole number"),
+    ("cql.py", {"log_every": 0}, f"--log-every 0: {RANGE}"),
+    ("cql.py", {"eval_every": -1}, f"--eval-every -1: {RANGE}"),
+    ("cql.py", {"eval_episodes": 10**9}, f"--eval-episodes 1000000000: {RANGE}"),
+    ("cql.py", {"batch_size": 10**9}, f"--batch-size 1000000000: {RANGE}"),
+    ("cql.py", {"hidden": (8, 0)}, rf"--hidden \(8, 0\): {RANGE}"),
+    ("cql.py", {"hidden": (10**9,)}, rf"--hidden \(1000000000,\): {RANGE}"),
+    ("cql.py", {"hidden": (8.5,)}, r"--hidden \(8.5,\): a whole number"),
+    ("cql.py", {"hidden": 8}, "--hidden 8: one or more values"),
+    ("cql.py", {"critic_lr": math.nan}, f"--critic-lr nan: {RANGE}"),
+    ("cql.py", {"actor_lr": 2.0}, f"--actor-lr 2.0: {RANGE}"),
+    ("cql.py", {"gamma": 1.0}, f"--gamma 1.0: {RANGE}"),
+    ("cql.py", {"gamma": -math.inf}, f"--gamma -inf: {RANGE}"),
+    ("cql.py", {"polyak": 0.0}, f"--polyak 0.0: {RANGE}"),
+    ("cql.py", {"reward_scale": 0.0}, f"--reward-scale 0.0: {RANGE}"),
+    ("cql.py", {"reward_scale": math.nan}, f"--reward-scale nan: {RANGE}"),
+    ("cql.py", {"reward_scale": "return-rang"}, "--reward-scale return-rang: TypeError"),
+    ("cql.py", {"reward_shift": math.inf}, f"--reward-shift inf: {RANGE}"),
+    ("iql.py", {"beta": math.inf}, f"--beta inf: {RANGE}"),
+    ("iql.py", {"expectile": 1.0}, f"--expectile 1.0: {RANGE}"),
+    ("iql.py", {"online_steps": -1}, f"--online-steps -1: {RANGE}"),
+    ("iql.py", {"online_steps": 5, "eval_episodes": 0}, "--online-steps needs an environment"),
+    ("awac.py", {"lam": 0.0}, f"--lam 0.0: {RANGE}"),
+    ("bc.py", {"top_fraction": 0.0}, f"--top-fraction 0.0: {RANGE}"),
+    ("bc.py", {"held_out": math.nan}, f"--held-out nan: {RANGE}"),
+    ("mopo.py", {"penalty": math.inf}, f"--penalty inf: {RANGE}"),
+    ("mopo.py", {"conservative": math.nan}, f"--conservative nan: {RANGE}"),
+    ("mopo.py", {"real_ratio": 1.1}, f"--real-ratio 1.1: {RANGE}"),
+    ("mopo.py", {"conservative": 1.0, "real_ratio": 0.0}, "--conservative needs real"),
+    ("cql.py", {"device": "gpu"}, "--device gpu: RuntimeError"),
+    ("cql.py", {"device": "cuda:99"}, "--device cuda:99: "),
+    ("cql.py", {"env_id": "NoSuchEnv-v0"}, "environment NoSuchEnv-v0 .*--eval-episodes 0"),
+    ("cql.py", {"env_id": "os:system"}, "environment os:system "),
+    ("cql.py", {"env_id": "CartPole-v1"}, "environment CartPole-v1 .*not those of the data"),
+    ("cql.py", {"out_dir": "/dev/null/runs"}, "--out-dir /dev/null/runs: NotADirectoryError"),
+    ("cql.py", {"out_dir": "x" * 300}, "--out-dir x+: OSError"),
+    ("cql.py", {"out_dir": "\0"}, "--out-dir .*: ValueError"),
+    ("cql.py", {"resume": "nothing"}, "nothing: not a run of cql.py: no readable checkpoint"),
+    ("cql.py", {"dataset_id": ()}, r"--dataset-id \(\): one or more"),
+    ("cql.py", {"dataset_id": ("",)}, "dataset : the id needs a version"),
+    ("cql.py", {"dataset_id": ("lab",)}, "dataset lab: the id needs a version"),
+    ("cql.py", {"dataset_id": ("cartpole/medum-v0",)}, "dataset cartpole/medum-v0: not on disk"),
+    ("cql.py", {"dataset_id": ("pendulum/1.0-v0",)}, "dataset pendulum/1.0-v0: not on disk"),
+    ("cql.py", {"dataset_id": ("lab/box-v0[80%]",)}, r"dataset lab/box-v0\[80%\]: a part is"),
+    ("cql.py", {"dataset_id": ("lab/box-v0[9%:9%]",)}, "a part is written in whole percent"),
+    ("cql.py", {"dataset_id": ("lab/bare-v0[99%:",)}, "a part is written in whole percent"),
+    ("cql.py", {"dataset_id": ("lab/box-v0", "lab/discrete-v0")}, "dataset lab/discrete-v0: its"),
+]
+
+
+@pytest.mark.parametrize(
+    ("file", "flags", "message"), FLAGS, ids=[f"{file} {flags}"[:60] for file, flags, _ in FLAGS]
+)
+def test_flags(file, flags, message, tmp_path):
+    if "resume" in flags:
+        args = module(file).Args(**flags)
+    else:
+        args = args_for(file, "box", **{"out_dir": tmp_path / "out"} | flags)
+    refuse(lambda: module(file).main(args), f"^{message}", tmp_path)
+    assert not (tmp_path / "out").exists() and not list(Path().iterdir())
+
+
+# ---- Datasets ----
+
+
+def dictionary(**parts):
+    return {name: np.zeros((n, 1), np.float32) for name, n in parts.items()}
+
+
+AB = spaces.Dict(a=LINE, b=LINE)
+EPISODES = [  # (what the third episode has, its spaces, message after dataset and episode)
+    ({"observations": None}, DATA, "object observations of shape"),
+    ({"observations": "text"}, DATA, "<U4 observations of shape"),
+    ({"observations": np.zeros((3, 1))}, DATA, "3 observations need T = 2"),
+    ({"observations": np.zeros((4, 2))}, DATA, r"observations of shape \(2,\) are not of Box"),
+    ({"observations": [[0], [0, 1], [0], [0]]}, DATA, "ValueError"),
+    ({"observations": np.zeros((4, 1), complex)}, DATA, "complex128 observations"),
+    ({"observations": nan((4, 1), 3)}, DATA, "step 3: the observation is NaN"),
+    ({"observations": nan((4, 1), 3, 1e39)}, DATA, "step 3: the observation is NaN or infinite"),
+    ({"observations": dictionary(a=4, c=4)}, (AB, UNIT), "KeyError: 'b'"),
+    ({"observations": dictionary(a=4, b=3)}, (AB, UNIT), "ValueError"),
+    ({"actions": None}, DATA, "TypeError"),
+    ({"actions": np.zeros((3, 2))}, DATA, r"4 observations need T = 3; .*\(3, 2\)"),
+    ({"actions": np.full((3, 1), 1.01)}, DATA, "step 0: the action is not in Box"),
+    ({"actions": nan((3, 1), 1)}, DATA, "step 1: the action is not in Box"),
+    ({"actions": np.array([0, 1, 2])}, (LINE, spaces.Discrete(2)), "step 2: .* not in Discrete"),
+    ({"rewards": np.array([1, 2, "a"])}, DATA, ".*must be plain numbers"),
+    ({"rewards": np.zeros((3, 1))}, DATA, r"4 observations need T = 3; .*\(3, 1\)"),
+    ({"rewards": nan(3, 1, -np.inf)}, DATA, "step 1: the reward is NaN, infinite"),
+    ({"rewards": nan(3, 1, 1e300)}, DATA, "step 1: the reward .*beyond 1e30"),
+    ({"terminations": nan(3, 0, 0.5)}, DATA, "step 0: the end flags must be 0 or 1"),
+    ({"terminations": nan(3, 0, 1)}, DATA, "step 0: the episode ends here and yet goes on"),
+    ({"truncations": np.zeros(3)}, DATA, "step 2: the end is neither"),
+    ({"truncations": None}, DATA, r"4 observations need T = 3; .*\(\)"),
+    ({"infos": {"behavior_log_prob": np.zeros(2)}}, DATA, r"4 observations .*\(2,\)"),
+    ({"infos": {"behavior_log_prob": np.array(list("abc"))}}, DATA, ".*must be plain numbers"),
+]
+SPACES = [  # (observation space, action space, message after the dataset)
+    (None, UNIT, "AttributeError"),
+    (LINE, None, "AttributeError"),
+    (LINE, spaces.Box(0, 9, (1,), np.int64), "actions must be Discrete or a Box of floats"),
+    (LINE, spaces.Box(0, np.inf, (1,)), "actions must be Discrete or a Box of floats with finite"),
+    (LINE, spaces.Box(1, 1, (1,)), "actions must be Discrete or a Box of floats with finite"),
+    (LINE, spaces.MultiDiscrete([2, 2]), "actions must be Discrete or a Box"),
+    (LINE, spaces.Discrete(10**7), "observations and actions must have 1 to 100,000 numbers"),
+    (LINE, spaces.Box(-1, 1, (0,)), "observations and actions must have 1 to 100,000 numbers"),
+    (spaces.Discrete(10**7), UNIT, "observations and actions must have 1 to 100,000 numbers"),
+    (spaces.Box(-1, 1, (0,)), UNIT, "observations and actions must have 1 to 100,000 numbers"),
+    (spaces.Dict(), UNIT, "observations and actions must have 1 to 100,000 numbers"),
+    (spaces.Sequence(LINE), UNIT, "ValueError"),
+    (spaces.Text(5), UNIT, "episode 0: observations of Text"),
+    (spaces.Box(0, 255, (4, 4), np.uint8), UNIT, "episode 0: .*images: store features"),
+]
+
+
+def train_on(monkeypatch, tmp_path, file, episodes, its_spaces=DATA, reference=None, **flags):
+    source = episodes, its_spaces, None, reference
+    monkeypatch.setattr(module(file), "open_dataset", lambda name: source)
+    args = args_for(file, "box", tmp_path / "out", dataset_id=("lab/pump-v0",), **flags)
+    return module(file).main(args)
+
+
+@pytest.mark.parametrize(("changed", "its_spaces", "message"), EPISODES)
+def test_episodes(changed, its_spaces, message, monkeypatch, tmp_path):
+    good = {}
+    if its_spaces[0] is AB:
+        good["observations"] = dictionary(a=4, b=4)
+    if its_spaces[1] is not UNIT:
+        good["actions"] = np.zeros(3, int)
+    episodes = [episode(**good), episode(**good), episode(**good | changed)]
+    call = lambda: train_on(monkeypatch, tmp_path, "cql.py", episodes, its_spaces)  # noqa: E731
+    refuse(call, f"^dataset lab/pump-v0: episode 2: {message}", tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("observation_space", "action_space", "message"), SPACES)
+def test_spaces(observation_space, action_space, message, monkeypatch, tmp_path):
+    its_spaces = observation_space, action_space
+    call = lambda: train_on(monkeypatch, tmp_path, "cql.py", [episode()], its_spaces)  # noqa: E731
+    refuse(call, f"^dataset lab/pump-v0: {message}", tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("file", ["cql.py", "iql.py", "awac.py", "mopo.py"])
+@pytest.mark.parametrize("what", ["observations", "rewards"])
+def test_numbers_that_are_finite_and_too_large_stop_the_run_with_advice(
+    file, what, monkeypatch, tmp_path
+):
+    large = {"observations": 1e30 * np.arange(6.0)[:, None], "rewards": np.full(5, 9e29)}[what]
+    episodes = [episode(5, **{what: large}) for _ in range(4)]
+    call = lambda: train_on(monkeypatch, tmp_path, file, episodes)  # noqa: E731
+    refuse(call, r"(nan|inf).*--normalize-obs|diverge", tmp_path)
+
+
+@pytest.mark.parametrize("reference", [(math.nan, 1.0), (-math.inf, 1.0), (0.0, math.inf)])
+def test_reference_scores_that_are_no_numbers_are_none(reference, monkeypatch, empty_minari_root):
+    class Stored:
+        observation_space, action_space, env_spec = LINE, UNIT, None
+        recover_environment = None
+        storage = type("Storage", (), {"metadata": {}})
+
+    Stored.storage.metadata |= dict(zip(("ref_min_score", "ref_max_score"), reference, strict=True))
+    monkeypatch.setattr(cql.minari, "load_dataset", lambda *_, **__: Stored)
+    (empty_minari_root / "lab/pump-v0/data").mkdir(parents=True)
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(empty_minari_root))
+    assert cql.open_dataset("lab/pump-v0")[3] is None
+
+
+# ---- Environments ----
+
+
+class Bad(gym.Env):
+    """Pendulum's spaces; at the second step something is wrong with one of its parts."""
+
+    observation_space = spaces.Box(np.float32([-1, -1, -8]), np.float32([1, 1, 8]))
+    action_space = spaces.Box(-2, 2, (1,), np.float32)
+    at_reset, at_step = None, {}  # noqa: RUF012
+
+    def reset(self, seed=None, options=None):
+        self.t = 0
+        if isinstance(self.at_reset, Exception):
+            raise self.at_reset
+        return np.zeros(3, np.float32) if self.at_reset is None else self.at_reset, {}
+
+    def step(self, action):
+        self.t += 1
+        wrong = self.at_step if self.t == 2 else {}
+        if isinstance(wrong, Exception):
+            raise wrong
+        parts = {"obs": np.zeros(3, np.float32), "reward": 1.0, "end": self.t == 5} | wrong
+        return parts["obs"], parts["reward"], False, parts["end"], {}
+
+
+@pytest.fixture
+def bad_env():
+    gym.register("Bad-v0", Bad)
+    yield Bad
+    Bad.at_reset, Bad.at_step = None, {}
+    del gym.registry["Bad-v0"]
+
+
+ENVS = [  # (what reset gives or raises, what the second step changes or raises, message)
+    (RuntimeError("no\nlicence"), {}, "RuntimeError: no licence"),
+    (np.zeros(2, np.float32), {}, ".*"),
+    ("text", {}, ".*"),
+    (None, ValueError("broken\nrobot"), "ValueError: broken robot"),
+    (None, {"obs": np.zeros(4, np.float32)}, ".*"),
+    (None, {"obs": None}, ".*"),
+    (None, {"obs": np.full(3, np.nan)}, "an observation is NaN or infinite"),
+    (None, {"obs": np.array([0, np.inf, 0])}, "an observation is NaN or infinite"),
+    (None, {"reward": math.nan}, "the environment's reward is nan|the reward is nan"),
+    (None, {"reward": -math.inf}, "the environment's reward is -inf|the reward is -inf"),
+    (None, {"reward": None}, "TypeError"),
+    (None, {"reward": "1"}, ".*Error"),
+    (None, {"reward": np.ones(3)}, ".*Error"),
+]
+
+
+@pytest.mark.parametrize("phase", ["evaluation", "online"])
+@pytest.mark.parametrize(("at_reset", "at_step", "message"), ENVS)
+def test_environments(phase, at_reset, at_step, message, bad_env, tmp_path, monkeypatch):
+    bad_env.at_reset, bad_env.at_step = at_reset, at_step
+    online = {"online_steps": 9} if phase == "online" else {}
+    args = args_for("iql.py", "box", tmp_path, env_id="Bad-v0", **online)
+    if phase == "online":  # let the evaluation be fine
+        monkeypatch.setattr(iql, "evaluate", lambda policy, make_env, n: np.zeros(n))
+    start = r"environment Bad-v0 \(--eval-episodes 0 |evaluation \(--eval-episodes 0 |"
+    start += r"the environment of the online phase: "
+    refuse(lambda: iql.main(args), f"^({start}).*({message})", tmp_path)
+
+
+# ---- Checkpoints ----
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+@pytest.fixture(scope="module")
+def stopped(stored, tmp_path_factory):
+    """A run of cql.py that was stopped between its last checkpoint and its result."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINARI_DATASETS_PATH", str(stored))
+
+        def stop(*_):
+            raise KeyboardInterrupt
+
+        patch.setattr(cql, "health", stop)
+        return interrupted("cql.py", "box", tmp_path_factory.mktemp("stopped"))
+
+
+def raw(change):
+    return lambda path: path.write_bytes(change(path.read_bytes()))
+
+
+def saved(x, **how):
+    return lambda path: torch.save(x, path, **how)
+
+
+def edited(change):
+    def edit(path):
+        state = torch.load(path, weights_only=True)
+        change(state)
+        torch.save(state, path)
+
+    return edit
+
+
+def changed(**entries):
+    return edited(lambda state: state.update(entries))
+
+
+def weight(value, name="units.obs_mean"):
+    return edited(lambda state: state["policy"].update({name: value}))
+
+
+def of_flags(**flags):
+    return edited(lambda state: state["args"].update(flags))
+
+
+NO_FILE = "no readable checkpoint.pt, "
+BOTH = [  # (what is done to checkpoint.pt, message): neither resumed nor loaded
+    (Path.unlink, f"{NO_FILE}FileNotFoundError"),
+    (lambda path: (path.unlink(), path.mkdir()), f"{NO_FILE}IsADirectoryError"),
+    (raw(lambda old: b""), f"{NO_FILE}EOFError"),
+    (raw(lambda old: old[: len(old) // 2]), f"{NO_FILE}RuntimeError"),
+    (raw(lambda old: old[:-1]), f"{NO_FILE}RuntimeError"),
+    (raw(lambda old: bytes(range(256)) * 20), NO_FILE),
+    (raw(lambda old: b"hello\nworld"), NO_FILE),
+    (raw(lambda old: pickle.dumps(Evil(), 2)), NO_FILE),
+    (raw(lambda old: pickle.dumps({"algorithm": "cql", "policy": Evil()})), NO_FILE),
+    (saved({"algorithm": "cql", "args": Evil()}), f"{NO_FILE}UnpicklingError"),
+    (saved({"algorithm": Evil()}, _use_new_zipfile_serialization=False), NO_FILE),
+    (saved({}), "its checkpoint.pt is of something else"),
+    (saved([1, 2]), "its checkpoint.pt is of something else"),
+    (saved(torch.zeros(3)), "its checkpoint.pt is of something else"),
+    (saved({"algorithm": "cql"}), "KeyError: 'policy'"),
+    (changed(algorithm="iql"), "its checkpoint.pt is of something else"),
+    (changed(policy=None), "AttributeError"),
+    (changed(args=None), "TypeError"),
+    (of_flags(nonsense=1), "TypeError.*nonsense"),
+    (of_flags(hidden=(9,)), "its checkpoint does not fit"),
+    (of_flags(hidden="wide"), "--hidden wide|its checkpoint does not fit"),
+    (weight(torch.full((3,), math.nan)), "has weights that are NaN"),
+    (weight(torch.full((3,), math.inf)), "has weights that are NaN or infinite"),
+    (weight(torch.zeros(2)), "its checkpoint does not fit"),
+    (weight("text"), "AttributeError|TypeError"),
+    (edited(lambda state: state["policy"].popitem()), "its checkpoint does not fit"),
+    (weight(torch.zeros(3), "extra"), "its checkpoint does not fit"),
+]
+RESUMED = [  # refused by --resume; load_policy does without these
+    (changed(rng=torch.zeros(3, dtype=torch.uint8)), "its checkpoint does not fit"),
+    (changed(rng=None), "its checkpoint does not fit"),
+    (changed(cuda_rng=3), "its checkpoint does not fit"),
+    (changed(step=None), "its checkpoint does not fit"),
+    (changed(step=10**12), "its checkpoint does not fit"),
+    (changed(step=2.5), "its checkpoint does not fit"),
+    (changed(metrics=[]), "its checkpoint does not fit"),
+    (changed(metrics=[3]), "its checkpoint does not fit"),
+    (changed(seconds="long"), "its checkpoint does not fit"),
+    (edited(lambda state: state.pop("seconds")), "its checkpoint does not fit"),
+    (edited(lambda state: state.pop("extra")), "its checkpoint does not fit"),
+    (of_flags(steps="many"), "--steps many: a whole number is needed"),
+    (of_flags(alpha=math.nan), f"--alpha nan: {RANGE}"),
+    (of_flags(dataset_id=("lab/discrete-v0",)), "its checkpoint does not fit"),
+    (of_flags(dataset_id=("lab/gone",)), "dataset lab/gone: the id needs a version"),
+]
+LOADED = [  # refused by load_policy; --resume takes the spaces from the dataset
+    (changed(spaces=["a", "b"]), "its checkpoint does not fit"),
+    (changed(spaces=None), "its checkpoint does not fit"),
+    (edited(lambda state: state["spaces"].reverse()), "its checkpoint does not fit"),
+]
+
+
+@pytest.mark.parametrize(
+    ("how", "breaks", "message"),
+    [("resume", *case) for case in BOTH + RESUMED]
+    + [("load_policy", *case) for case in BOTH + LOADED],
+)
+def test_checkpoints(how, breaks, message, stopped, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(stopped, folder)
+    breaks(folder / "checkpoint.pt")
+    before = {p.name: p.is_file() and p.read_bytes() for p in folder.iterdir()}
+    calls = {"resume": lambda: cql.main(cql.Args(resume=str(folder)))}
+    calls["load_policy"] = lambda: cql.load_policy(folder)
+    with pytest.raises(cql.UserError, match=message) as caught:
+        calls[how]()
+    text = str(caught.value)
+    assert "\n" not in text and text.startswith((f"{folder}: ", "--", "dataset "))
+    assert {p.name: p.is_file() and p.read_bytes() for p in folder.iterdir()} == before
+    assert not Path("executed").exists()
+
+
+# ---- Full disks ----
+
+
+@pytest.mark.parametrize("free", [0, 3_000, 60_000, 70_000, 100_000])
+def test_a_limit_on_the_size_of_files(free, stopped, tmp_path):
+    """As on a full disk: one line, and what stood there before is whole. The source has 50 kB."""
+    script = "import resource, sys; sys.path.insert(0, sys.argv.pop(1)); import cql;"
+    script += f"resource.setrlimit(resource.RLIMIT_FSIZE, ({free}, -1)); cql.command_line()"
+    flags = "--dataset-id lab/box-v0 --steps 4 --eval-episodes 0 --hidden 64 64 --out-dir".split()
+    process = start(tmp_path, "-c", script, ROOT, *flags, tmp_path / "out")
+    error = process.communicate(timeout=300)[1]
+    assert process.returncode == 1 and "Traceback" not in error
+    assert "cannot write" in error and "File too large" in error.strip().splitlines()[-1]
+    check_files(tmp_path)
+
+
+# ---- The command line ----
+
+COMMANDS = [  # (file, flags, exit code, what the last words say)
+    ("cql.py", "--alpha nan", 1, "cql: --alpha nan: it must lie in"),
+    ("cql.py", "--dataset-id pendulum/mixd-v0", 1, "cql: dataset pendulum/mixd-v0: not on disk"),
+    ("cql.py", "--resume nothing", 1, "cql: nothing: not a run of cql.py"),
+    ("mopo.py", "--dataset-id cartpole/mixed-v0", 1, "mopo: MOPO needs Box actions"),
+    ("iql.py", "--steps ten", 2, "--steps"),
+    ("bc.py", "--nonsense 1", 2, "--nonsense"),
+]
+
+
+@pytest.mark.parametrize(("file", "flags", "code", "message"), COMMANDS)
+def test_the_command_line(file, flags, code, message, tmp_path):
+    process = start(tmp_path, ROOT / file, *flags.split())
+    out, error = process.communicate(timeout=300)
+    assert process.returncode == code and "Traceback" not in out + error
+    assert message in out + error
+    assert code == 2 or error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("seconds", [0.05, 0.3, 1.0])
+def test_ctrl_c_during_the_imports(seconds, tmp_path):
+    process = start(tmp_path, ROOT / "cql.py", "--steps", 10**6, "--eval-episodes", 0)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=300)[1]
+    assert process.returncode != 0 and "Traceback" not in error
