@@ -47,13 +47,17 @@ Differs from the paper:
 Paper: Nair, Dalal, Gupta, Levine (2020), arXiv 2006.09359. Written from it; no code from elsewhere.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports below
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import io
 import json
 import math
 import os
 import re
 import shlex
-import signal
 import sys
 import time
 from contextlib import contextmanager
@@ -117,19 +121,20 @@ def main(args: Args) -> dict:
     )
     agent = Agent(data.units, args).to(args.device)
     run = Run(args, data, agent, state)
+    replay = Replay(run) if args.online_steps else None
     for update in run.updates(args.steps):  # from the last checkpoint on, with a progress bar
         metrics = agent.update(data.sample(args.batch_size))
         run.log(update, metrics)
-    if args.online_steps:
-        finetune(run)
+    if replay:
+        finetune(run, replay)
     return run.finish()
 
 
-def finetune(run):
+def finetune(run, replay):
     """The online phase. New transitions join the data and are drawn as often as those. Logs wait
     for the ends of episodes, so that a resumed run meets the same ones."""
     agent, data, args = run.agent, run.data, run.args
-    replay, last = Replay(run), args.steps + args.online_steps
+    last = args.steps + args.online_steps
     for update in run.updates(last):
         replay.step()  # one in the environment, with a sample of pi
         metrics = agent.update(data.sample(args.batch_size))
@@ -425,7 +430,8 @@ class Units(nn.Module):
 
     def obs(self, obs):
         """(N, ...) -> (N, O), standardised. Dict and Tuple as rows of gymnasium.spaces.flatten."""
-        obs = self.tensor(obs)
+        with blaming("observations"):
+            obs = self.tensor(obs)
         if obs.ndim < 2 or math.prod(obs.shape[1:]) != self.obs_dim:
             needed = f"(N, ...) with {self.obs_dim} numbers each"
             raise UserError(f"observations of shape {tuple(obs.shape)} given, needed are {needed}")

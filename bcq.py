@@ -56,13 +56,17 @@ Papers: Fujimoto, Meger, Precup (2019), arXiv 1812.02900, Box; Fujimoto, Conti, 
 (2019), arXiv 1910.01708, Discrete. Written from them; no code from elsewhere.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports below
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import io
 import json
 import math
 import os
 import re
 import shlex
-import signal
 import sys
 import time
 from contextlib import contextmanager
@@ -510,7 +514,8 @@ class Units(nn.Module):
 
     def obs(self, obs):
         """(N, ...) -> (N, O), standardised. Dict and Tuple as rows of gymnasium.spaces.flatten."""
-        obs = self.tensor(obs)
+        with blaming("observations"):
+            obs = self.tensor(obs)
         if obs.ndim < 2 or math.prod(obs.shape[1:]) != self.obs_dim:
             needed = f"(N, ...) with {self.obs_dim} numbers each"
             raise UserError(f"observations of shape {tuple(obs.shape)} given, needed are {needed}")

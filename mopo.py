@@ -61,13 +61,17 @@ et al. 2018, arXiv 1805.12114); SAC: Haarnoja et al. (2018). Written from them; 
 elsewhere.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports below
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import io
 import json
 import math
 import os
 import re
 import shlex
-import signal
 import sys
 import time
 from contextlib import contextmanager
@@ -732,7 +736,8 @@ class Units(nn.Module):
 
     def obs(self, obs):
         """(N, ...) -> (N, O), standardised. Dict and Tuple as rows of gymnasium.spaces.flatten."""
-        obs = self.tensor(obs)
+        with blaming("observations"):
+            obs = self.tensor(obs)
         if obs.ndim < 2 or math.prod(obs.shape[1:]) != self.obs_dim:
             needed = f"(N, ...) with {self.obs_dim} numbers each"
             raise UserError(f"observations of shape {tuple(obs.shape)} given, needed are {needed}")

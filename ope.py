@@ -166,7 +166,8 @@ def evaluate_policy(policy, log, args):
             ("MAGIC", MAGIC, ratio, q, v),
         ):
             estimate = bootstrap(estimator, log, log.reward, *arrays, df=weights.sizes[-1] - 1)
-            report.estimates[name] = estimate._replace(doubt=report.problem)
+            doubt = "rare large weights may be missing" if name in ("IS", "PDIS") else ""
+            report.estimates[name] = estimate._replace(doubt=report.problem or doubt)
         report.bounds = lower_bounds(log, ratio, report.problem)
     report.estimates["FQE"] = fqe_estimate(members, log)
     only_starts = "knows only how the first states differ, nothing of the model's error"
@@ -540,9 +541,11 @@ def fit_q(log, policy, fold, args):
         i = [x[torch.randint(len(x), (args.batch_size,), device=log.device)] for x in halves]
         i = torch.stack(i)  # (E, N)
         h = torch.randint(1, log.horizon + 1, i.shape, device=log.device)
-        with torch.no_grad():
-            v = critic.value(log.next_obs[i], next_action[i], next_weight[i], h - 1)
-            y = reward[i] + log.gamma * (1 - terminal[i]) * v
+        y = reward[i]
+        if log.horizon > 1:  # else V_0 = 0, and a bandit with many actions would wait for nothing
+            with torch.no_grad():
+                v = critic.value(log.next_obs[i], next_action[i], next_weight[i], h - 1)
+                y = y + log.gamma * (1 - terminal[i]) * v
         error = (critic(log.obs[i], log.action[i], h) - y) / (critic.annuity[h] * critic.scale)
         assert error.shape == (len(halves), args.batch_size)
         step(optimizer, (error**2).mean(1).sum())
@@ -1225,7 +1228,8 @@ class Units(nn.Module):
 
     def obs(self, obs):
         """(N, ...) -> (N, O), standardised. Dict and Tuple as rows of gymnasium.spaces.flatten."""
-        obs = self.tensor(obs)
+        with blaming("observations"):
+            obs = self.tensor(obs)
         if obs.ndim < 2 or math.prod(obs.shape[1:]) != self.obs_dim:
             needed = f"(N, ...) with {self.obs_dim} numbers each"
             raise UserError(f"observations of shape {tuple(obs.shape)} given, needed are {needed}")

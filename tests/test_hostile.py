@@ -4,10 +4,8 @@ refused with one line that names the thing, and leaves no half-written file and 
 import math
 import os
 import pickle
-import resource
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import gymnasium as gym
@@ -16,7 +14,7 @@ import pytest
 import torch
 from gymnasium import spaces
 from test_data import LINE, UNIT, episode, nan
-from test_run import ROOT, args_for, exit_line, interrupted, module, start, stored, stored_root
+from test_run import ROOT, args_for, interrupted, module, start, stored, stored_root
 
 import awac
 import bc
@@ -81,7 +79,6 @@ FLAGS = [  # (file, flags, message)
     ("iql.py", {"beta": math.inf}, f"--beta inf: {RANGE}"),
     ("iql.py", {"expectile": 1.0}, f"--expectile 1.0: {RANGE}"),
     ("iql.py", {"online_steps": -1}, f"--online-steps -1: {RANGE}"),
-    ("iql.py", {"online_steps": 5, "eval_episodes": 0}, "--online-steps needs an environment"),
     ("awac.py", {"lam": 0.0}, f"--lam 0.0: {RANGE}"),
     ("bc.py", {"top_fraction": 0.0}, f"--top-fraction 0.0: {RANGE}"),
     ("bc.py", {"held_out": math.nan}, f"--held-out nan: {RANGE}"),
@@ -104,8 +101,16 @@ FLAGS = [  # (file, flags, message)
     ("cql.py", {"dataset_id": ("cartpole/medum-v0",)}, "dataset cartpole/medum-v0: not on disk"),
     ("cql.py", {"dataset_id": ("pendulum/1.0-v0",)}, "dataset pendulum/1.0-v0: not on disk"),
     ("cql.py", {"dataset_id": ("lab/box-v0[80%]",)}, r"dataset lab/box-v0\[80%\]: a part is"),
-    ("cql.py", {"dataset_id": ("lab/box-v0[9%:9%]",)}, "a part is written in whole percent"),
-    ("cql.py", {"dataset_id": ("lab/bare-v0[99%:",)}, "a part is written in whole percent"),
+    (
+        "cql.py",
+        {"dataset_id": ("lab/box-v0[9%:9%]",)},
+        "dataset lab/box-v0.*: a part is written in whole percent",
+    ),
+    (
+        "cql.py",
+        {"dataset_id": ("lab/box-v0[99%:",)},
+        "dataset lab/box-v0.*: a part is written in whole percent",
+    ),
     ("cql.py", {"dataset_id": ("lab/box-v0", "lab/discrete-v0")}, "dataset lab/discrete-v0: its"),
 ]
 
@@ -122,6 +127,13 @@ def test_flags(file, flags, message, tmp_path):
     assert not (tmp_path / "out").exists() and not list(Path().iterdir())
 
 
+def test_an_online_phase_without_environment_is_known_before_the_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(iql.Agent, "update", lambda *_: pytest.fail("an update"))
+    for flags in ({"eval_episodes": 0}, {"dataset_id": ("lab/box-bare-v0",)}):
+        args = args_for("iql.py", "box", tmp_path, online_steps=5, **flags)
+        refuse(lambda args=args: iql.main(args), "--online-steps needs an environment", tmp_path)
+
+
 # ---- Datasets ----
 
 
@@ -134,7 +146,11 @@ EPISODES = [  # (what the third episode has, its spaces, message after dataset a
     ({"observations": None}, DATA, "object observations of shape"),
     ({"observations": "text"}, DATA, "<U4 observations of shape"),
     ({"observations": np.zeros((3, 1))}, DATA, "3 observations need T = 2"),
-    ({"observations": np.zeros((4, 2))}, DATA, r"observations of shape \(2,\) are not of Box"),
+    (
+        {"observations": np.zeros((4, 2))},
+        DATA,
+        r"float64 observations of shape \(2,\) are not of Box",
+    ),
     ({"observations": [[0], [0, 1], [0], [0]]}, DATA, "ValueError"),
     ({"observations": np.zeros((4, 1), complex)}, DATA, "complex128 observations"),
     ({"observations": nan((4, 1), 3)}, DATA, "step 3: the observation is NaN"),
@@ -211,14 +227,14 @@ def test_numbers_that_are_finite_and_too_large_stop_the_run_with_advice(
     large = {"observations": 1e30 * np.arange(6.0)[:, None], "rewards": np.full(5, 9e29)}[what]
     episodes = [episode(5, **{what: large}) for _ in range(4)]
     call = lambda: train_on(monkeypatch, tmp_path, file, episodes)  # noqa: E731
-    refuse(call, r"(nan|inf).*--normalize-obs|diverge", tmp_path)
+    refuse(call, "(nan|inf|not finite).*--(normalize-obs|model-lr)", tmp_path)
 
 
 @pytest.mark.parametrize("reference", [(math.nan, 1.0), (-math.inf, 1.0), (0.0, math.inf)])
 def test_reference_scores_that_are_no_numbers_are_none(reference, monkeypatch, empty_minari_root):
     class Stored:
         observation_space, action_space, env_spec = LINE, UNIT, None
-        recover_environment = None
+        recover_environment = print
         storage = type("Storage", (), {"metadata": {}})
 
     Stored.storage.metadata |= dict(zip(("ref_min_score", "ref_max_score"), reference, strict=True))
@@ -236,7 +252,7 @@ class Bad(gym.Env):
 
     observation_space = spaces.Box(np.float32([-1, -1, -8]), np.float32([1, 1, 8]))
     action_space = spaces.Box(-2, 2, (1,), np.float32)
-    at_reset, at_step = None, {}  # noqa: RUF012
+    at_reset, at_step = None, {}
 
     def reset(self, seed=None, options=None):
         self.t = 0
@@ -346,8 +362,8 @@ BOTH = [  # (what is done to checkpoint.pt, message): neither resumed nor loaded
     (Path.unlink, f"{NO_FILE}FileNotFoundError"),
     (lambda path: (path.unlink(), path.mkdir()), f"{NO_FILE}IsADirectoryError"),
     (raw(lambda old: b""), f"{NO_FILE}EOFError"),
-    (raw(lambda old: old[: len(old) // 2]), f"{NO_FILE}RuntimeError"),
-    (raw(lambda old: old[:-1]), f"{NO_FILE}RuntimeError"),
+    (raw(lambda old: old[: len(old) // 2]), NO_FILE),
+    (raw(lambda old: old[:-1]), NO_FILE),
     (raw(lambda old: bytes(range(256)) * 20), NO_FILE),
     (raw(lambda old: b"hello\nworld"), NO_FILE),
     (raw(lambda old: pickle.dumps(Evil(), 2)), NO_FILE),
@@ -453,10 +469,10 @@ def test_the_command_line(file, flags, code, message, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("seconds", [0.05, 0.3, 1.0])
-def test_ctrl_c_during_the_imports(seconds, tmp_path):
-    process = start(tmp_path, ROOT / "cql.py", "--steps", 10**6, "--eval-episodes", 0)
-    time.sleep(seconds)
+def test_ctrl_c_during_the_imports(tmp_path):
+    process = start(tmp_path, "-X", "importtime", ROOT / "cql.py", "--steps", 10**6)
+    while "numpy" not in process.stderr.readline():
+        assert process.poll() is None
     process.send_signal(signal.SIGINT)
     error = process.communicate(timeout=300)[1]
     assert process.returncode != 0 and "Traceback" not in error

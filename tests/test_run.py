@@ -433,6 +433,18 @@ def test_interrupted_in_an_evaluation_and_resumed(stop, usual, tmp_path, monkeyp
     assert_same_run(usual("cql.py", "box")[1], folder)
 
 
+@pytest.mark.parametrize(("file", "kind"), [("bc.py", "box"), ("mopo.py", "box"), *ONLINE])
+def test_interrupted_after_the_last_checkpoint_and_resumed(
+    file, kind, usual, tmp_path, monkeypatch
+):
+    """The line on the run's health needs all the data, those of an unfinished episode too."""
+    with monkeypatch.context() as patch:
+        patch.setattr(module(file), "health", failing(module(file).health, 1, KeyboardInterrupt()))
+        folder = interrupted(file, kind, tmp_path)
+    resume(file, folder)
+    assert_same_run(usual(file, kind)[1], folder)
+
+
 WRITES = ["cql.py", "args.json", *4 * ["metrics.csv", "checkpoint.pt"], "result.json"]
 
 
