@@ -712,12 +712,8 @@ class Units(nn.Module):
         super().__init__()
         self.observation_space, self.action_space = observation_space, action_space
         self.obs_dim, self.action_dim = map(spaces.flatdim, (observation_space, action_space))
-        if (
-            not 0
-            < min(self.obs_dim, self.action_dim)
-            <= max(self.obs_dim, self.action_dim)
-            <= 10**5
-        ):
+        sizes = self.obs_dim, self.action_dim
+        if not 0 < min(sizes) <= max(sizes) <= 10**5:
             raise UserError("observations and actions must have 1 to 100,000 numbers each")
         self.discrete = isinstance(action_space, spaces.Discrete)
         box = isinstance(action_space, spaces.Box) and action_space.dtype.kind == "f"

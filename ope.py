@@ -12,7 +12,9 @@ number can be believed, and whether the policy is better than the logged one.
 
   python ope.py                                   CartPole: about 38.9 where the logs earned 32.9
   python ope.py --run runs/bc__... --run runs/cql__... --verify    trained policies, with the truth
-  python ope.py --policy FILE.py:NAME --dataset-id mylab/logs-v0    any policy, any Minari dataset
+  python ope.py --policy FILE.py:NAME --dataset-id mylab/logs-v0    any policy, any Minari dataset:
+      NAME takes a tensor of observations (N, O) and returns probabilities (N, A), or a torch
+      Distribution of actions (Box)
 
 Train on one part, --dataset-id 'mylab/logs-v0[:80%]': --run then takes the other part for itself.
 
@@ -90,9 +92,7 @@ __version__ = "2.0.0"
 class Args:
     # What to evaluate, and on what
     run: UseAppendAction[tuple[str, ...]] = ()  # a run's folder, whose code is executed: trust it
-    # FILE.py:NAME, a function from a tensor of observations (N, O) to probabilities (N, A), or to a
-    # torch Distribution of actions (Box)
-    policy: UseAppendAction[tuple[str, ...]] = ()
+    policy: UseAppendAction[tuple[str, ...]] = ()  # FILE.py:NAME, a function, see above
     policy_mode: Literal["stochastic", "deterministic"] = "stochastic"  # draws, or the likeliest
     dataset_id: tuple[str, ...] = ()  # Minari or built-in ids, mixed if several
     env_id: str | None = None  # environment of the evaluation; default: the one of the dataset
@@ -1204,12 +1204,8 @@ class Units(nn.Module):
         super().__init__()
         self.observation_space, self.action_space = observation_space, action_space
         self.obs_dim, self.action_dim = map(spaces.flatdim, (observation_space, action_space))
-        if (
-            not 0
-            < min(self.obs_dim, self.action_dim)
-            <= max(self.obs_dim, self.action_dim)
-            <= 10**5
-        ):
+        sizes = self.obs_dim, self.action_dim
+        if not 0 < min(sizes) <= max(sizes) <= 10**5:
             raise UserError("observations and actions must have 1 to 100,000 numbers each")
         self.discrete = isinstance(action_space, spaces.Discrete)
         box = isinstance(action_space, spaces.Box) and action_space.dtype.kind == "f"

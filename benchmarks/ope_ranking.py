@@ -8,6 +8,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.distributions import Independent, Normal
@@ -36,14 +37,37 @@ pendulum_00, pendulum_25, pendulum_50, pendulum_75, pendulum_100 = (
 )
 HORIZON = {"cartpole": 100, "pendulum": 200}
 
+
+def spearman(x, y):
+    """Correlation of the ranks, ties sharing theirs; NaN if all of x or y are equal."""
+
+    def rank(z):
+        return (z[:, None] > z).sum(1) + 0.5 * (z[:, None] == z).sum(1)
+
+    ranks = [rank(np.asarray(z)) for z in (x, y)]
+    with np.errstate(invalid="ignore"):
+        return float(np.corrcoef(ranks)[0, 1])
+
+
+def regret(truth, estimate, k=1):
+    """How much worse the best of the k that look best is than the best, as a share of the range."""
+    truth, best = np.asarray(truth), np.argsort(estimate)[-k:]
+    return float((truth.max() - truth[best].max()) / (np.ptp(truth) or 1.0))
+
+
+def print_quality(reports):
+    truth = [report.truth[0] for report in reports]
+    for name in reports[0].estimates:
+        if all(name in report.estimates for report in reports):
+            values = [report.estimates[name].value for report in reports]
+            error = np.abs(np.subtract(values, truth)).mean()
+            print(f"{name:9s} Spearman {spearman(truth, values):5.2f}, regret@1 "
+                  f"{regret(truth, values):.2f}, mean error {error:.3g}")  # fmt: skip
+
+
 if __name__ == "__main__":
     for env in sys.argv[1:] or HORIZON:
         policies = [f"{__file__}:{name}" for name in list(globals()) if name.startswith(f"{env}_")]
-        args = ope.Args(
-            policy=tuple(policies),
-            dataset_id=(f"{env}/mixed-v0",),
-            horizon=HORIZON[env],
-            verify=True,
-            verify_episodes=200,
-        )
-        ope.main(args)
+        flags = {"horizon": HORIZON[env], "verify": True, "verify_episodes": 200}
+        args = ope.Args(policy=tuple(policies), dataset_id=(f"{env}/mixed-v0",), **flags)
+        print_quality(list(ope.main(args).values()))

@@ -580,13 +580,23 @@ def test_flags_that_make_no_sense_together():
 
 
 def test_health_raises_alpha_where_q_is_too_high_and_lowers_it_where_q_is_too_low():
-    data = make_data(cql, torch.zeros(4, 3), torch.zeros(4, 1), torch.tensor([-1.0, 0.5, 0.0, 2.0]))
-    args = Args(gamma=0.9)  # possible are -10 to 20
-    for q_policy, advice in ((20.1, "Raise --alpha."), (-10.1, "Lower --alpha.")):
-        line = cql.health({"q_data": 1.0, "q_policy": q_policy}, data, args)
-        assert line.endswith(advice) and ("extrapolates" in line) == (q_policy > 0)
-    line = cql.health({"q_data": -9.9, "q_policy": 19.9}, data, args)
-    assert line.endswith("possible are -10 to 20")
+    """And, where Q is sane, speaks of narrow data, whose remedy only Box actions have."""
+    reward, args = torch.tensor([-1.0, 0.5, 0.0, 2.0]), Args(gamma=0.9)  # possible are -10 to 20
+    sane = {"q_data": -9.9, "q_policy": 19.9, "action_distance": 0.251}
+    for action, end in (
+        (torch.zeros(4, 1), "actions are 0.25 from the data's: if the return is poor, the data are "
+         "narrow, raise --bc-weight"),
+        (torch.arange(4) % 2, "possible are -10 to 20"),
+    ):  # fmt: skip
+        data = make_data(cql, torch.zeros(4, 3), action, reward)
+        assert cql.health(sane, data, args).endswith(end)
+        for name in ("q_data", "q_policy"):
+            assert cql.health(sane | {name: 20.1}, data, args).endswith(
+                "the critic extrapolates. Raise --alpha."
+            )
+            assert cql.health(sane | {name: -10.1}, data, args).endswith(
+                "too pessimistic. Lower --alpha."
+            )
 
 
 # ---- Learning on the built-in data; seeds from 100 on ----

@@ -469,16 +469,17 @@ def online_run(module, tmp_path, env, **flags):
     torch.manual_seed(0)
     run = module.Run(args, data, module.Agent(data.units, args), None)
     run.step, run.make_env = 10, lambda: env
-    return run
+    replay, run.make_env = module.Replay(run), None  # which evaluates nothing
+    return run, replay
 
 
 @pytest.mark.parametrize("discrete", [False, True])
 @pytest.mark.parametrize("module", BOTH)
 def test_new_transitions_join_the_data_in_the_same_units(module, discrete, tmp_path):
     env = Walk(discrete)
-    run = online_run(module, tmp_path, env)
+    run, replay = online_run(module, tmp_path, env)
     old = run.data.transitions
-    module.finetune(run)
+    module.finetune(run, replay)
     data = run.data
     assert len(env.log) == 40 and len(data.episode) == 60
     assert all(torch.equal(x[:20], y) for x, y in zip(data.transitions, old, strict=True))
@@ -495,15 +496,14 @@ def test_new_transitions_join_the_data_in_the_same_units(module, discrete, tmp_p
     assert data.episode[20:].tolist() == episode.tolist()
     assert env.seeds == [70 + k for k in range(episode.max() - 1)]
     assert np.unique(action).size == 2 if discrete else np.unique(action).size > 20  # sampled
-    whole = 20 + np.flatnonzero(ended)[-1] + 1  # what a checkpoint has: the whole episodes
     columns = zip(run.extra["online"], [*data.transitions, data.episode], strict=True)
-    assert run.step == 50 and all(torch.equal(x, y[20:whole]) for x, y in columns)
+    assert run.step == 50 and all(torch.equal(x, y[20:]) for x, y in columns)
 
 
 @pytest.mark.parametrize("module", BOTH)
 def test_one_update_per_step_from_data_and_new_transitions(module, tmp_path):
     env, seen, sizes = Walk(), [], []
-    run = online_run(module, tmp_path, env)
+    run, replay = online_run(module, tmp_path, env)
 
     def update(batch):
         seen.extend(batch.obs[:, 0].tolist())
@@ -511,7 +511,7 @@ def test_one_update_per_step_from_data_and_new_transitions(module, tmp_path):
         return {}
 
     run.agent.update = update
-    module.finetune(run)
+    module.finetune(run, replay)
     assert sizes == [(n, 4) for n in range(1, 41)]
     obs = run.data.transitions.obs[:, 0].tolist()
     assert set(seen) <= set(obs)
@@ -521,12 +521,12 @@ def test_one_update_per_step_from_data_and_new_transitions(module, tmp_path):
 @pytest.mark.parametrize("module", BOTH)
 def test_logs_and_evaluations_wait_for_the_end_of_an_episode(module, tmp_path, monkeypatch):
     env, evaluated = Walk(), []
-    run = online_run(module, tmp_path, env, eval_every=16)
-    run.args.eval_episodes = 20
+    run, replay = online_run(module, tmp_path, env, eval_every=16)
+    run.args.eval_episodes, run.make_env = 20, lambda: env
     monkeypatch.setattr(
         module, "evaluate", lambda policy, make_env, n: evaluated.append(n) or np.zeros(n)
     )
-    module.finetune(run)
+    module.finetune(run, replay)
     ended = [10 + i + 1 for i, row in enumerate(env.log) if row[4] or row[5]]
     logged, returns, last = [], [], 10
     for update in ended:
@@ -551,8 +551,10 @@ def test_a_resumed_online_phase_ends_bitwise_the_same(
 
 
 @pytest.mark.parametrize("module", BOTH)
-def test_an_online_phase_without_environment_is_an_error(module, tmp_path):
-    run = online_run(module, tmp_path, Walk())
-    run.make_env = None
+def test_an_online_phase_without_environment_is_an_error_before_the_first_update(
+    module, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(module.Agent, "update", None)
+    args = module.Args(online_steps=5, eval_episodes=0, out_dir=str(tmp_path))
     with pytest.raises(module.UserError, match="--online-steps needs an environment"):
-        module.finetune(run)
+        module.main(args)
