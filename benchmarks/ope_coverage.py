@@ -5,6 +5,7 @@
   table        a random MDP of 5 states and 2 actions with noisy rewards, values known exactly; the
                policies deviate by 0.1 or 0.3 from fair coins: n = 100 and T = 10 for near, far; 5
                times as many for many
+  ratios n     the logs of cartpole, for (1) to (4) alone, which need no networks: hundreds a minute
 
     python benchmarks/ope_coverage.py runs/coverage.csv cartpole-100 cartpole-1000 near far many
 
@@ -17,7 +18,7 @@ import csv
 import io
 import sys
 from collections import defaultdict
-from functools import cache
+from functools import cache, partial
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,6 +39,8 @@ SETTINGS = {
     "near": (TABLE, lambda seed: table(100, 0.1, seed)),
     "far": (TABLE, lambda seed: table(100, 0.3, seed)),
     "many": (TABLE, lambda seed: table(500, 0.3, seed)),
+    "ratios-100": (CARTPOLE, lambda seed: cartpole(100, seed)),
+    "ratios-1000": (CARTPOLE, lambda seed: cartpole(1000, seed)),
 }
 
 
@@ -97,6 +100,9 @@ def repeat(setting, seed):
     torch.manual_seed(seed)
     with contextlib.redirect_stdout(io.StringIO()):
         data, policies, truths = make(seed)
+        if setting.startswith("ratios"):
+            yield from ratios_alone(setting, seed, data, policies, truths)
+            return
         log = ope.Log(data, args)
         baseline = cartpole_value(5.0) if "cartpole" in setting else None
         for policy, truth in zip(policies, truths, strict=True):
@@ -117,6 +123,32 @@ def repeat(setting, seed):
                 yield *first, "better or worse", *e.gain, truth - baseline, True
 
 
+def ratios_alone(setting, seed, data, policies, truths):
+    """The rows of (1) to (4)."""
+    length = np.bincount(data.episode)
+    n, discounts = len(length), 0.99 ** np.arange(50)
+    inside = np.arange(50) < length[:, None]
+    rng, reward = np.random.default_rng(seed), inside * 1.0
+    resamples = rng.multinomial(n, np.full(n, 1 / n), 400) / n
+    log = SimpleNamespace(resamples=resamples, returns=reward @ discounts)
+    for policy, truth in zip(policies, truths, strict=True):
+        log_pi = policy.log_prob(data.transitions.obs, data.transitions.action)
+        ratio = np.ones((n, 50))
+        ratio[inside] = np.exp(log_pi - data.behavior_log_prob)
+        weights = ope.weight_summary(ratio)
+        for name, per_decision, weighted in (
+            ("IS, unmarked", False, False),
+            ("PDIS, unmarked", True, False),
+            ("WIS", False, True),
+            ("PDWIS", True, True),
+        ):
+            flags = {"gamma": 0.99, "per_decision": per_decision, "weighted": weighted}
+            estimator = partial(ope.importance_sampling, **flags)
+            e = ope.bootstrap(estimator, log, reward, ratio, df=weights.sizes[-1] - 1)
+            row = setting, seed, policy.name, weights.sizes[-1], name
+            yield *row, e.value, e.low, e.high, truth, not ope.weight_problem(weights)
+
+
 def print_table(path):
     held, bias = defaultdict(list), defaultdict(list)
     for setting, _, policy, _, name, value, low, high, truth, counts in csv.reader(path.open()):
@@ -132,7 +164,8 @@ def print_table(path):
         cells = [f"{sum(x)}/{len(x)}" if x else "" for x in cells]
         print(f"| {name} | " + " | ".join(cells) + " |")
     for name in ("WDR", "FQE"):
-        cells = [f"{np.mean(bias[name, column]):+.3f}" for column in columns]
+        cells = [bias[name, column] for column in columns]
+        cells = [f"{np.mean(x):+.3f}" if x else "" for x in cells]
         print(f"| mean error of {name} | " + " | ".join(cells) + " | |")
 
 
