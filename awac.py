@@ -665,7 +665,8 @@ class Replay:
         self.offline = len(run.data.episode)
         columns = [*run.data.transitions, run.data.episode]
         added = run.extra.get("online", [x[:0] for x in columns])  # of a resumed run
-        room = [x.new_zeros(run.args.online_steps, *x.shape[1:]) for x in columns]
+        left = run.args.online_steps - len(added[0])
+        room = [x.new_zeros(left, *x.shape[1:]) for x in columns]
         columns = zip(columns, added, room, strict=True)
         self.columns = [torch.cat([x.to(parts[0]) for x in parts]) for parts in columns]
         self.show(self.offline + len(added[0]))
