@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch>=2.9", "numpy>=2.0", "gymnasium>=1.2", "minari[hdf5,hf]>=0.5.3",
-#   "pillow", "tyro>=0.9.3", "tqdm>=4.66"]
+# dependencies = ["torch>=2.13", "numpy>=2.0.2", "gymnasium>=1.2", "minari[hdf5,hf]>=0.5.3",
+#   "pillow>=11.0", "tyro>=0.9.3", "tqdm>=4.66"]
 # ///
 """Advantage-Weighted Actor-Critic (AWAC): actor-critic whose actor only ever imitates the data.
 

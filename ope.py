@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch>=2.9", "numpy>=2.0", "gymnasium>=1.2", "minari[hdf5,hf]>=0.5.3",
-#   "pillow", "tyro>=0.9.3", "tqdm>=4.66"]
+# dependencies = ["torch>=2.13", "numpy>=2.0.2", "gymnasium>=1.2", "minari[hdf5,hf]>=0.5.3",
+#   "pillow>=11.0", "tyro>=0.9.3", "tqdm>=4.66"]
 # ///
 """Off-policy evaluation (OPE): how good is a policy, judged from the logs of another one alone?
 
@@ -237,6 +237,8 @@ def magic(reward, ratio, q, v, gamma, steps=None, p=None):
     each = np.column_stack([v[:, 0], terms]).cumsum(1)[:, np.add(steps, 1)]  # (n, J), p @ each is g
     g, wdr = p @ each, p @ (v[:, 0] + terms.sum(1))
     omega = ((p[:, None] * (each - g)).T @ (each - g)) / (n - 1)
+    if not np.isfinite(wdr):  # a resample without overlap
+        return np.nan
     half = 0.6745 * np.sqrt(p @ (v[:, 0] + terms.sum(1) - wdr) ** 2 / (n - 1))  # D3
     b = np.abs(g - g.clip(wdr - half, wdr + half))
     return simplex_argmin(omega + np.outer(b, b)) @ g
@@ -286,7 +288,7 @@ def simplex_argmin(a):
 
 def bootstrap(estimator, log, *arrays, df=math.inf):
     """Estimate with the intervals of resampled episodes. df: the effective sample size less 1."""
-    with np.errstate(over="ignore", invalid="ignore"):  # 0 / 0 in a resample without overlap: NaN
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # 0 / 0: no overlap
         value, draws = estimator(*arrays), estimator(*arrays, p=log.resamples)
         gain, gains = value - log.returns.mean(), draws - log.resamples @ log.returns
         return Estimate(*interval(value, draws, df), interval(gain, gains, df))
@@ -295,7 +297,9 @@ def bootstrap(estimator, log, *arrays, df=math.inf):
 def interval(value, draws, df):
     """(value, low, high): percentiles, which are too narrow where few episodes carry the weight; so
     as much wider as Student's t is than the normal, and a variance over n - 1 than one over n."""
-    low, high = np.nanquantile(draws, [0.025, 0.975])
+    if not np.isfinite(value):
+        return value, np.nan, np.nan
+    low, high = np.nanquantile(draws, [0.025, 0.975])  # NaN: a resample without overlap
     df = min(max(1.0, df), 1e5)
     wider = t_quantile(0.975, df) / t_quantile(0.975, 1e5) * math.sqrt((df + 1) / df)
     return value, value - wider * max(0.0, value - low), value + wider * max(0.0, high - value)
@@ -397,7 +401,9 @@ def lower_bounds(log, ratio, problem):
     unknown = f", if no reward is below {known:.4g}, the lowest logged one" * (lowest is None)
     lowest = min(0.0, known if lowest is None else lowest)  # 0 is what is earned after the end
     discounts = log.gamma ** np.arange(log.horizon)
-    x, shift = (step_weights(ratio) * (log.reward - lowest)) @ discounts, lowest * discounts.sum()
+    with np.errstate(invalid="ignore"):  # weights that overflow
+        x = (step_weights(ratio) * (log.reward - lowest)) @ discounts
+    shift = lowest * discounts.sum()
     bounds = {} if problem else {"PDIS, Student's t": student_t_bound(x) + shift}
     if log.n >= 40 and np.isfinite(x).all():
         bounds[f"HCOPE{unknown}"] = hcope_bound(x) + shift
@@ -1050,6 +1056,9 @@ def print_report(report):
     for name, e in report.estimates.items():
         interval = f"{e.low:9.4g} .. {e.high:<9.4g} {'*' * bool(e.doubt):1}"
         error = f"{e.value - truth[0]:+9.3g}" if truth else ""
+        if not np.isfinite(e.low + e.high):
+            print(f"{name:9s}         -   the weights overflow")
+            continue
         print(f"{name:9s} {e.value:9.4g}   {interval} {error}")
     if truth:
         print(f"{'truth':9s} {truth[0]:9.4g}   +- {truth[1]:.2g} (standard error)")
@@ -1058,9 +1067,10 @@ def print_report(report):
         print(f"* no 95% interval ({names}): {doubt}")
     w = report.weights
     if w:
-        print(f"weights: effective sample size {w.sizes[-1]:.1f} of {log.n}, mean {w.mean:.3g} +- "
-              f"{w.error:.2g} (should be 1), {w.nonzero:.0%} not 0, the largest {w.largest:.0%} of "
-              "their sum")  # fmt: skip
+        error = f" +- {w.error:.2g}" if math.isfinite(w.error) else ""
+        print(f"weights: effective sample size {w.sizes[-1]:.1f} of {log.n}, mean {w.mean:.3g}"
+              f"{error} (should be 1), {w.nonzero:.0%} not 0, the largest {w.largest:.0%} of all"
+        )  # fmt: skip
     print(f"the logged policy earned {log.returns.mean():.4g}; difference to that: " + ", ".join(
         "{} {:+.3g} ({:+.3g} to {:+.3g})".format(name, *report.estimates[name].gain)
         for name in ("WDR", "FQE") if name in report.estimates
@@ -1081,7 +1091,7 @@ def print_ranking(reports):
         print("\nno ranking: there is a policy of which nothing can be believed")
         return
     by = "WDR" if believed else "FQE"
-    print(f"\nranking by {by}" + "" if believed else ", a hint, no more")
+    print(f"\nranking by {by}" + ("" if believed else ", a hint, no more"))
     for report in sorted(reports, key=lambda r: -r.estimates[by].value):
         e = report.estimates[by]
         print(f"{e.value:9.4g}   {e.low:9.4g} .. {e.high:<9.4g}  {report.name}")

@@ -174,8 +174,12 @@ if __name__ == "__main__":
     path = Path(sys.argv[1])
     if not sys.argv[2:]:
         print_table(path)
+    path.touch()
+    done = {tuple(row[:2]) for row in csv.reader(path.open())}
     for seed in count(100) if sys.argv[2:] else ():
         for setting in sys.argv[2:]:
+            if (setting, str(seed)) in done:
+                continue
             rows = list(repeat(setting, seed))
             with path.open("a") as file:
                 csv.writer(file).writerows(rows)

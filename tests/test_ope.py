@@ -459,8 +459,12 @@ def test_intervals_are_wider_where_few_episodes_carry_the_weight():
 def test_resamples_without_overlap_are_left_out():
     reward, ratio = np.ones((4, 1)), np.array([[4.0], [0], [0], [0]])
     log = SimpleNamespace(resamples=shares(4, 100), returns=np.zeros(4))
-    e = ope.bootstrap(partial(WIS, gamma=1.0), log, reward, ratio)
-    assert (e.value, e.low, e.high) == (1, 1, 1)
+    zero = np.zeros((4, 1)), np.zeros((4, 2))
+    for estimator, arrays in ((WIS, ()), (PDWIS, ()), (WDR, zero)):
+        e = ope.bootstrap(partial(estimator, gamma=1.0), log, reward, ratio, *arrays)
+        assert (e.value, e.low, e.high) == pytest.approx((1, 1, 1))
+    e = ope.bootstrap(partial(magic, gamma=1.0), log, reward, ratio, *zero)
+    assert 0 <= e.low <= e.value <= e.high
 
 
 def test_the_bernstein_bound_is_its_formula():
@@ -1164,6 +1168,10 @@ def test_users_policies_are_ranked(policies, capsys):
     good, bad = reports[names[1]], reports[names[0]]
     assert good.estimates["WDR"].value > bad.estimates["WDR"].value
     assert good.estimates["WDR"].low - 0.2 < good.truth[0] < good.estimates["WDR"].high + 0.2
+    good.problem, good.log.errors = "no ratios", {"FQE": 0.0, "model": 0.0}
+    good.estimates["model"] = good.estimates["FQE"]
+    ope.print_ranking([good, bad])
+    assert "ranking by FQE, a hint, no more" in capsys.readouterr().out
     bad.seen = True
     ope.print_ranking([good, bad])
     assert "no ranking" in capsys.readouterr().out
@@ -1255,6 +1263,21 @@ def test_a_policy_that_nobody_followed(capsys):
     ope.print_report(one)
     text = capsys.readouterr().out
     assert "no overlap" in text and "nan" not in text and "0% not 0" in text
+
+
+def test_weights_that_overflow_are_said_to(capsys):
+    """Half of the episodes have a weight of e^700 per step: unweighted sums are infinite, the
+    verdict names the mean weight, and no NaN is printed."""
+    mdp, args = MDP(3, ends=False), Args(**QUICK)
+    data = tabular_data(mdp, 20)
+    data.behavior_log_prob[:] = -700.0
+    log = ope.Log(data, args)
+    one = ope.evaluate_policy(by_table(mdp.target, data.units, args), log, args)
+    ope.print_report(one)
+    text = capsys.readouterr().out
+    assert "weights average inf, not 1" in verdict(one)
+    assert "the weights overflow" in text and "nan" not in text
+    assert np.isfinite(one.estimates["WDR"].value)
 
 
 def test_ten_thousand_one_step_episodes_take_seconds(monkeypatch):
