@@ -749,6 +749,8 @@ def q_health(metrics, data, gamma, if_high, if_low):
     low, high = reward.min().clamp(max=0).item() * steps, reward.max().clamp(min=0).item() * steps
     line = f"Q(s, pi(s)) = {q_policy:.4g}, Q on the data {q_data:.4g}, where discounted returns "
     line += f"average {mean:.4g}; possible are {low:.4g} to {high:.4g}"
+    if mean and not 1e-3 < abs(mean) < 1e4:
+        line += "; --reward-scale should bring these returns to about 1 to 1000"
     if max(q_data, q_policy) > high:
         return f"{line}: the critic extrapolates. {if_high}"
     return f"{line}: too pessimistic. {if_low}" if min(q_data, q_policy) < low else line
