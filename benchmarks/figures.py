@@ -66,7 +66,7 @@ def draw(rows, ink):
         base = alt.Chart(data, width=340, height=230)
         y = alt.Y(f"mean({field}):Q", title=title, scale=scale)
         band = alt.Y(f"min({field}):Q", title=title, scale=scale), alt.Y2(f"max({field}):Q")
-        area = base.mark_area(opacity=0.2).encode(x, band[0], band[1], colour)
+        area = base.mark_area(opacity=0.2).encode(x, *band, colour)
         return area + base.mark_line(strokeWidth=2.5).encode(x, y, colour)
 
     rule = alt.Chart(alt.Data(values=[{"y": HIGHEST}])).mark_rule(strokeDash=[5, 4], color=ink)
@@ -78,7 +78,7 @@ def draw(rows, ink):
     chart = chart.configure_axis(
         labelColor=ink, titleColor=ink, domainColor=ink, tickColor=ink, gridOpacity=0.15
     )
-    legend = {"orient": "top", "labelColor": ink, "labelFontSize": 13}
+    legend = {"orient": "top", "labelColor": ink, "labelFontSize": 13, "symbolOpacity": 1}
     return chart.configure_legend(**legend).configure_view(stroke=None)
 
 

@@ -45,9 +45,10 @@ METHODS = {  # name: file, flags beside the defaults
     "iql": ("iql", {}),
     "awac": ("awac", {}),
     "bcq": ("bcq", {}),
+    "bcq-narrow": ("bcq", {"phi": 0.05}),
     "mopo": ("mopo", {}),
 }
-ONLY = {"mopo": "pendulum/", "cql-bc": "pendulum/expert"}  # Box actions; narrow data
+ONLY = {"mopo": "pendulum/", "cql-bc": "pendulum/expert", "bcq-narrow": "pendulum/expert"}
 DATASETS = tuple(
     f"{env}/{quality}-v0"
     for env in ("pendulum", "cartpole")

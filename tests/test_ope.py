@@ -1041,7 +1041,7 @@ def runs(tmp_path_factory):
             (bc, "pendulum/random-v0[20%:60%]"),
             (bcq, "pendulum/random-v0[20%:]"),
         ):
-            module.builtin_dataset = ope.builtin_dataset
+            patch.setattr(module, "builtin_dataset", ope.builtin_dataset)
             flags = {"steps": 5, "log_every": 5, "eval_every": 0, "eval_episodes": 0}
             name = f"{module.__name__}_{dataset_id.partition('/')[0]}"
             folder = out / name
