@@ -13,7 +13,7 @@ README = (ROOT / "README.md").read_text()
 CI = (ROOT / ".ci/run").read_text()
 SCRIPTS = ["bc.py", "cql.py", "iql.py", "bcq.py", "awac.py", "mopo.py", "ope.py"]
 SHORT = "--steps 20 --log-every 10 --eval-every 0 --eval-episodes 2 --hidden 16"
-SHORT_OPE = "--steps 20 --resamples 20 --hidden 16"
+SHORT_OPE = "--steps 20 --resamples 100 --hidden 16"
 BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```$", README, re.M | re.S)
 
 
