@@ -10,7 +10,7 @@ policy that maximises it picks exactly these out-of-distribution actions. CQL ad
 the critic's loss that pushes Q down over all actions and up at those of the data: the value of the
 policy becomes a lower bound instead of an overestimate.
 
-  python cql.py                                   Pendulum, a return of about -140, 90 seconds
+  python cql.py                                   Pendulum, a return of about -140, two minutes
   python cql.py --dataset-id cartpole/mixed-v0    Discrete actions; --alpha 0: watch it fail
   python cql.py --dataset-id pendulum/expert-v0 --bc-weight 1000 --actor-lr 1e-3 --samples 1 \
     --batch-size 128 --steps 2000                 narrow data (D5), about -140

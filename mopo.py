@@ -10,7 +10,7 @@ imagined rollouts that start at states of the data, and each imagined reward is 
 uncertain the ensemble is: out of distribution the imagined world is unpleasant, so the policy has
 no reason to go there. Where the data are broad but poor, a model pays.
 
-  python mopo.py                                      Pendulum, a return of about -135 in a minute
+  python mopo.py                                      Pendulum, a return of about -135, minutes
   python mopo.py --conservative 1 --real-ratio 0.5    COMBO
   python mopo.py --dataset-id mujoco/hopper/medium-v0 --hidden 256 256 --model-hidden 200 200 200 \
     200 --rollout-starts 50000 --rollout-every 1000 --penalty 5 --actor-lr 3e-4 --critic-lr 3e-4 \
