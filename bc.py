@@ -268,18 +268,15 @@ def step(optimizer, loss):
 
 
 def compiled(update, device):
-    """`update` as one graph with gradients, Adam and targets: equal but for rounding, on a GPU
-    replayed without work for the CPU. All batches have the shapes of the first."""
+    """`update` as one graph, Adam and targets included: equal but for rounding, on a GPU replayed
+    without work for the CPU. All batches have the shapes of the first."""
     with blaming("--compile"):
         torch._inductor.cpp_builder.get_cpp_compiler()  # is there one?
     torch._dynamo.config.trace_autograd_ops = True  # takes torch.autograd.grad into the graph
     options = {"fallback_random": True, "cpp_wrapper": device == "cpu"}  # eager's random numbers
     options["triton.cudagraphs"] = device != "cpu"
-
-    def detached(batch):
-        return {name: value.detach() for name, value in update(batch).items()}
-
-    return torch.compile(detached, fullgraph=True, dynamic=False, options=options)
+    graph = partial(torch.compile, fullgraph=True, dynamic=False, options=options)
+    return graph(lambda batch: {name: x.detach() for name, x in update(batch).items()})
 
 
 class UserError(Exception):
@@ -296,9 +293,13 @@ def blaming(what):
         raise UserError(" ".join(f"{what}: {reason}".split())[:500]) from error
 
 
+def require(ok, problem):
+    """Stops with the problem unless ok."""
+    if not ok:
+        raise UserError(problem)
+
+
 # ---- Data ----
-
-
 class Batch(NamedTuple):
     """N transitions in network units. terminal is 1.0 where the MDP ended, not at a time limit."""
 
@@ -317,15 +318,12 @@ class Units(nn.Module):
         self.observation_space, self.action_space = observation_space, action_space
         self.obs_dim, self.action_dim = map(spaces.flatdim, (observation_space, action_space))
         sizes = self.obs_dim, self.action_dim
-        if not 0 < min(sizes) <= max(sizes) <= 10**5:
-            raise UserError("observations and actions must have 1 to 100,000 numbers each")
+        require(1 <= min(sizes) and max(sizes) <= 10**5, "spaces must have 1 to 100,000 numbers")
         self.discrete = isinstance(action_space, spaces.Discrete)
-        box = isinstance(action_space, spaces.Box) and action_space.dtype.kind == "f"
-        box = box and action_space.is_bounded() and (action_space.low < action_space.high).all()
-        if not (box or self.discrete):
-            what = "actions must be Discrete or a Box of floats with finite bounds"
-            raise UserError(f"{what}, not {action_space}")
-        low, high = (0, 1) if self.discrete else (action_space.low, action_space.high)
+        floats = isinstance(action_space, spaces.Box) and action_space.dtype.kind == "f"
+        low, high = (action_space.low, action_space.high) if floats else (np.zeros(1), np.ones(1))
+        known = (floats or self.discrete) and ((low < high) & (high - low < math.inf)).all()
+        require(known, f"actions must be Discrete or a bounded Box of floats, not {action_space}")
         self.register_buffer("obs_mean", torch.zeros(self.obs_dim))
         self.register_buffer("obs_std", torch.ones(self.obs_dim))
         self.register_buffer("center", self.tensor((low + high) / 2.0).flatten())
@@ -336,13 +334,10 @@ class Units(nn.Module):
 
     def obs(self, obs):
         """(N, ...) -> (N, O), standardised. Dict and Tuple as rows of gymnasium.spaces.flatten."""
-        with blaming("observations"):
-            obs = self.tensor(obs)
-        if obs.ndim < 2 or math.prod(obs.shape[1:]) != self.obs_dim:
-            needed = f"(N, ...) with {self.obs_dim} numbers each"
-            raise UserError(f"observations of shape {tuple(obs.shape)} given, needed are {needed}")
-        if not obs.isfinite().all():
-            raise UserError("an observation is NaN or infinite")
+        obs = self.tensor(obs)
+        good = obs.ndim > 1 and obs.shape[1:].numel() == self.obs_dim
+        require(good, f"observations {tuple(obs.shape)} are not (N, {self.obs_dim}) numbers")
+        require(obs.isfinite().all(), "an observation is NaN or infinite")
         return (obs.flatten(1) - self.obs_mean) / self.obs_std
 
     def action(self, action):
@@ -358,14 +353,12 @@ class Units(nn.Module):
         if self.discrete:
             return action.cpu().numpy() + space.start
         action = (self.center + action * self.half_range).cpu().numpy()
-        if not np.isfinite(action).all():
-            raise UserError("the policy's action is NaN: observations are far from the data's")
+        require(np.isfinite(action).all(), "actions are NaN: observations are far from the data's")
         return action.reshape(-1, *space.shape).clip(space.low, space.high)
 
 
 class Policy(nn.Module):
-    """An agent, which speaks network units, in those of the environment: what is evaluated, saved
-    and deployed."""
+    """An agent in the environment's units: what is evaluated, saved and deployed."""
 
     def __init__(self, agent, units):
         super().__init__()
@@ -375,9 +368,6 @@ class Policy(nn.Module):
     def act(self, obs, deterministic=True):
         """Raw observations (N, ...) -> actions (N, ...) for env.step."""
         return self.units.env_action(self.agent.act(self.units.obs(obs), deterministic))
-
-
-QUALITIES = {"random": 1.0, "medium": 0.6, "expert": 0.0, "mixed": None}  # eps; None: drawn anew
 
 
 def scripted_action(dataset_id, obs):
@@ -395,16 +385,14 @@ def scripted_action(dataset_id, obs):
 
 def builtin_dataset(dataset_id):
     """20,000 transitions (the last episode complete), always the same, of a scripted controller
-    that acts at random with probability eps, which cartpole/0.35-v0 states as a number: (episodes,
-    (observation space, action space), make_env or None, reference or None). The actions of CartPole
-    have a probability, which is logged."""
-    known = re.fullmatch(rf"(?:pendulum|cartpole)/({'|'.join(QUALITIES)}|0\.\d+)-v0", dataset_id)
-    if not known:
-        what = f"{{pendulum,cartpole}}/{{{','.join(QUALITIES)}}}-v0 and, by their noise, 0.35-v0"
-        raise UserError(f"not on disk, and not built in, as are {what}")
-    noise = QUALITIES[known[1]] if known[1] in QUALITIES else float(known[1])
-    noise = 0.3 if dataset_id == "cartpole/medium-v0" else noise
-    rng, episodes, cartpole = np.random.default_rng(0), [], dataset_id.startswith("cartpole")
+    that acts at random with probability eps, in cartpole/0.35-v0 0.35; its probabilities if it has
+    any. -> (episodes, (observation space, action space), make_env or None, reference or None)."""
+    known = re.fullmatch(r"(pendulum|cartpole)/(random|medium|expert|mixed|0\.\d+)-v0", dataset_id)
+    names = "{pendulum,cartpole}/{random,medium,expert,mixed}-v0 and, by the noise, 0.35-v0"
+    require(known, f"not on disk, and not built in, as are {names}")
+    rng, episodes, cartpole = np.random.default_rng(0), [], known[1] == "cartpole"
+    noises = {"random": 1, "medium": 0.3 if cartpole else 0.6, "expert": 0, "mixed": None}
+    noise = noises[known[2]] if known[2] in noises else float(known[2])
     make_env = partial(gym.make, "CartPole-v1" if cartpole else "Pendulum-v1")
     env = make_env(disable_env_checker=True)
     while sum(len(episode.actions) for episode in episodes) < 20_000:
@@ -427,27 +415,25 @@ def builtin_dataset(dataset_id):
 
 
 def open_dataset(dataset_id):
-    """A Minari dataset from disk, else a built-in one, else from the hub: what builtin_dataset
-    returns."""
+    """What builtin_dataset returns, of a dataset on disk, else built in, else from the hub."""
     root = minari.storage.get_dataset_path()
     folder = root / dataset_id / "data"
     if not folder.exists():
         if dataset_id.startswith(("pendulum/", "cartpole/")):
             print(f"{dataset_id}: built in")
             return builtin_dataset(dataset_id)
-        if not dataset_id.rpartition("-v")[2].isdigit():
-            raise UserError(f"the id needs a version, as in {dataset_id}-v0")
+        versioned = re.search(r"-v\d+$", dataset_id)
+        require(versioned, f"the id needs a version, as in {dataset_id}-v0")
         others = sorted(str(x.parent.relative_to(root)) for x in root.glob("**/data"))
-        there = f"{root}, which has {', '.join(others) or 'none'}"
-        print(f"{dataset_id}: not in {there}; asking the hub", flush=True)
+        print(f"{dataset_id}: not in {root}, where {others} are; asking the hub", flush=True)
     with blaming(f"to install it by hand, put metadata.json and main_data.hdf5 into {folder}"):
         dataset = minari.load_dataset(dataset_id, download=True)
     print(f"{dataset_id}: read from {root}")
     # AntMaze's umaze: the maze of the evaluation is turned by 180 degrees against the data's.
     make_env = partial(dataset.recover_environment, eval_env="antmaze/umaze" not in dataset_id)
-    reference = [dataset.storage.metadata.get(f"ref_{end}_score") for end in ("min", "max")]
-    known = None not in reference and -math.inf < reference[0] < reference[1] < math.inf
-    reference = tuple(map(float, reference)) if known else None
+    scores = (dataset.storage.metadata.get(f"ref_{end}_score", "nan") for end in ("min", "max"))
+    low, high = map(float, scores)
+    reference = (low, high) if -math.inf < low < high < math.inf else None
     its_spaces = dataset.observation_space, dataset.action_space
     return dataset, its_spaces, dataset.env_spec and make_env, reference
 
@@ -460,13 +446,13 @@ def flatten(space, x):
     x = np.asarray(x)
     if isinstance(space, spaces.Discrete):
         one_hot = x[:, None] == np.arange(space.n) + space.start
-        if not one_hot.any(1).all():
-            raise UserError(f"step {one_hot.any(1).argmin()}: the observation is not in {space}")
+        known = one_hot.any(1)
+        require(known.all(), f"step {known.argmin()}: the observation is not in {space}")
         return one_hot.astype(np.float32)
-    if not isinstance(space, spaces.Box) or (space.dtype == np.uint8 and len(space.shape) > 1):
-        raise UserError(f"observations of {space} are not supported; images: store features")
-    if x.shape[1:] != space.shape or x.dtype.kind not in "biuf":
-        raise UserError(f"{x.dtype} observations of shape {x.shape[1:]} are not of {space}")
+    rows = isinstance(space, spaces.Box) and (space.dtype != np.uint8 or len(space.shape) < 2)
+    require(rows, f"observations of {space} are not supported; images: store features")
+    fits = x.shape[1:] == space.shape and x.dtype.kind in "biuf"
+    require(fits, f"{x.dtype} observations of shape {x.shape[1:]} are not of {space}")
     return x.astype(np.float32).reshape(len(x), -1)
 
 
@@ -478,11 +464,10 @@ def read_episode(episode, observation_space, action_space):
     columns = episode.actions, episode.rewards, episode.terminations, episode.truncations, log_prob
     action, reward, terminal, truncated, log_prob = columns = [np.asarray(x) for x in columns]
     obs, shapes = flatten(observation_space, episode.observations), [x.shape for x in columns]
-    if not T or len(obs) != T + 1 or shapes != [(T, *action_space.shape), *4 * [(T,)]]:
-        names = "actions, rewards, terminations, truncations and behavior_log_prob have shapes"
-        raise UserError(f"{len(obs)} observations need T = {len(obs) - 1}; {names} {shapes}")
-    if any(x.dtype.kind not in "biuf" for x in columns):
-        raise UserError("actions, rewards, terminations and truncations must be plain numbers")
+    names = "actions, rewards, terminations, truncations and behavior_log_prob"
+    good = 0 < T == len(obs) - 1 and shapes == [(T, *action_space.shape), *4 * [(T,)]]
+    require(good, f"{len(obs)} observations need T = {len(obs) - 1}; {names} have shapes {shapes}")
+    require(all(x.dtype.kind in "biuf" for x in columns), f"{names} must be plain numbers")
     if isinstance(action_space, spaces.Discrete):
         inside = np.isin(action, np.arange(action_space.n) + action_space.start)
     else:
@@ -503,12 +488,11 @@ def read_episode(episode, observation_space, action_space):
 
 
 def split_id(name):
-    """mylab/logs-v0[:80%] -> the id, and where the part begins and ends, in percent of the stored
-    episodes."""
+    """mylab/logs-v0[:80%] -> the id, and where the part begins and ends, in % of the episodes."""
     part = re.fullmatch(r"(.*?)(?:\[(?:(\d+)%)?:(?:(\d+)%)?\])?", name)
     first, last = int(part[2] or 0), int(part[3] or 100)
-    if "[" in part[1] or not first < last <= 100:
-        raise UserError("a part is written in whole percent, as [:80%] or [80%:]")
+    good = "[" not in part[1] and first < last <= 100
+    require(good, "a part is written in whole percent, as [:80%] or [80%:]")
     return part[1], first, last
 
 
@@ -524,11 +508,9 @@ class Dataset:
                 episodes, its_spaces, *_ = source = open_dataset(whole)
                 self.units = Units(*its_spaces)
                 sources.append(source)
-                if its_spaces != sources[0][1]:
-                    raise UserError(f"its spaces are not those of {ids[0]}")
+                require(its_spaces == sources[0][1], f"its spaces are not those of {ids[0]}")
                 numbers = range(-(-first * len(episodes) // 100), -(-last * len(episodes) // 100))
-                if not numbers:
-                    raise UserError("it has no episodes")
+                require(numbers, "it has no episodes")
                 for number in numbers:
                     with blaming(f"episode {number}"):
                         rows.append(read_episode(episodes[number], *its_spaces))
@@ -540,22 +522,20 @@ class Dataset:
         if reward_scale == "return-range":
             reward_scale = 1000 / (np.ptp(returns) or 1000)
         self.reward_scale, self.reward_shift = reward_scale, reward_shift
-        mean_min_max = f"{returns.mean():.1f} ({returns.min():.1f} to {returns.max():.1f})"
         size = f"{sum(map(len, reward))} transitions in {len(rows)} episodes"
+        mean_min_max = f"{returns.mean():.1f} ({returns.min():.1f} to {returns.max():.1f})"
         print(f"{size}, return {mean_min_max}; rewards x {reward_scale:.4g} + {reward_shift:.4g}")
-
+        s, next_s = np.concatenate([o[:-1] for o in obs]), np.concatenate([o[1:] for o in obs])
+        a, r, d, self.behavior_log_prob = map(np.concatenate, (action, reward, terminal, log_prob))
         with blaming(f"--device {device}"):
             units = self.units.to(device)
-            units.center.sum().item()  # does it compute?
-        s, next_s = np.concatenate([o[:-1] for o in obs]), np.concatenate([o[1:] for o in obs])
-        if normalize_obs:
-            units.obs_mean = units.tensor(s.mean(0, dtype=np.float64))
-            units.obs_std = units.tensor(s.std(0, dtype=np.float64) + 1e-3)
-        a, r, d, self.behavior_log_prob = map(np.concatenate, (action, reward, terminal, log_prob))
-        r, d = units.tensor(r * reward_scale + reward_shift), units.tensor(d)
-        self.transitions = Batch(units.obs(s), units.action(a), r, units.obs(next_s), d)
-        lengths = torch.tensor([len(r) for r in reward], device=device)
-        self.episode = torch.arange(len(rows), device=device).repeat_interleave(lengths)  # (M,)
+            if normalize_obs:
+                units.obs_mean = units.tensor(s.mean(0, dtype=np.float64))
+                units.obs_std = units.tensor(s.std(0, dtype=np.float64) + 1e-3)
+            r, d = units.tensor(r * reward_scale + reward_shift), units.tensor(d)
+            self.transitions = Batch(units.obs(s), units.action(a), r, units.obs(next_s), d)
+            lengths = torch.tensor([len(r) for r in reward], device=device)
+            self.episode = torch.arange(len(rows), device=device).repeat_interleave(lengths)  # (M,)
 
     def batch(self, index):
         return Batch(*(x[index] for x in self.transitions))
@@ -566,11 +546,8 @@ class Dataset:
 
 
 # ---- Evaluation ----
-
-
 def find_env(data, env_id):
-    """Makes the evaluation's environment: --env-id, else the dataset's; None without either. Its
-    observations become rows (O,) in the order of the data's space."""
+    """Makes environments of --env-id, else of the data, or None; observations become rows (O,)."""
     make = partial(gym.make, env_id) if env_id else data.make_env
     if make is None:
         print("no evaluation: the data name no environment; --env-id gives one, ope.py needs none")
@@ -579,8 +556,8 @@ def find_env(data, env_id):
         env, space = make(), data.units.observation_space
         limit = env.spec.max_episode_steps or data.episode.bincount().max().item()
         row = spaces.flatten(space, env.reset(seed=0)[0])
-        if len(row) != data.units.obs_dim or env.action_space != data.units.action_space:
-            raise UserError("its spaces are not those of the data")
+        same = len(row) == data.units.obs_dim and env.action_space == data.units.action_space
+        require(same, "its spaces are not those of the data")
     to_row = partial(gym.wrappers.TransformObservation, func=partial(spaces.flatten, space))
     settings = {"disable_env_checker": True, "max_episode_steps": limit}
     return lambda: to_row(make(**settings), observation_space=spaces.flatten_space(space))
@@ -597,8 +574,7 @@ def evaluate(policy, make_env, episodes, seed=10_000):
         for i, action in zip(list(obs), policy.act(np.stack(list(obs.values()))), strict=True):
             obs[i], reward, terminated, truncated, _ = envs[i].step(action)
             returns[i] += reward
-            if not math.isfinite(returns[i]):
-                raise UserError(f"the environment's reward is {reward}")
+            require(math.isfinite(returns[i]), f"the environment's reward is {reward}")
             if terminated or truncated:
                 envs[i].close()
                 del obs[i]
@@ -606,7 +582,6 @@ def evaluate(policy, make_env, episodes, seed=10_000):
 
 
 # ---- The run and its folder ----
-
 LIMITS = {  # of flags, bounds included; of others: counts 1 to 10^9, numbers 0 to 10^9
     **dict.fromkeys(("lr", "critic_lr", "actor_lr", "model_lr", "polyak"), (1e-12, 1)),
     **dict.fromkeys(("hidden", "vae_hidden", "model_hidden", "rollout_length"), (1, 10**4)),
@@ -624,26 +599,22 @@ LIMITS = {  # of flags, bounds included; of others: counts 1 to 10^9, numbers 0 
 def check_flags(args):
     """Numbers lie within LIMITS, where neither NaN nor infinity does."""
     for flag in fields(args):
-        many = isinstance(flag.default, tuple)
-        values = getattr(args, flag.name) if many else (getattr(args, flag.name),)
-        kind = type(flag.default[0] if many and flag.default else flag.default)
+        value, many = getattr(args, flag.name), isinstance(flag.default, tuple)
+        kind = type(flag.default[0] if many else flag.default)
         low, high = LIMITS.get(flag.name, (1, 10**9) if kind is int else (0, 10**9))
-        with blaming(f"--{flag.name.replace('_', '-')} {getattr(args, flag.name)}"):
-            if not isinstance(values, tuple) or (flag.default and not values):
-                raise UserError("one or more values are needed, as a tuple")
-            for x in values:
-                if kind is int and type(x) is not int:
-                    raise UserError("a whole number is needed")
+        with blaming(f"--{flag.name.replace('_', '-')} {value}"):
+            given = not many or (value and type(value) is tuple)
+            require(given, "one or more values are needed, as a tuple")
+            for x in value if many else (value,):
+                require(kind is not int or type(x) is int, "a whole number is needed")
                 number = isinstance(x, int | float) or (kind is float and x != "return-range")
-                if number and not low <= x <= high:
-                    raise UserError(f"it must lie in {low:g} to {high:g}")
+                require(not number or low <= x <= high, f"it must lie in {low:g} to {high:g}")
 
 
 def use_cpu_well():
-    """oneDNN's float32 products are faster than MKL's on AMD CPUs, up to twice with AVX-512; where
-    the CPU would really round to bfloat16 (an error of 2e-3 instead of 1e-6) that is taken back.
-    One thread, or OMP_NUM_THREADS: two that wait for each other on a busy machine are ten times as
-    slow, and products so small gain little from the second."""
+    """One thread, or OMP_NUM_THREADS: a second gains little, and on a busy machine they wait for
+    each other. And oneDNN's float32 products, on AMD CPUs up to twice as fast as MKL's, unless the
+    CPU would really round to bfloat16 (an error of 2e-3 instead of 1e-6)."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
     torch.distributions.Distribution.set_default_validate_args(False)
@@ -655,15 +626,13 @@ def use_cpu_well():
 
 
 def start(args):
-    """The checked flags of a new run and None, or those of the run in --resume and its checkpoint.
-    Seeds torch."""
-    state = None
-    if args.resume:
-        if args != Args(resume=args.resume):
-            raise UserError("--resume takes all flags from the run: give no other one beside it")
-        if Path(args.resume, "result.json").exists():
-            raise UserError(f"--resume {args.resume}: the run is complete, see result.json there")
-        state = read_checkpoint(args.resume)
+    """Checked flags and None, or those of --resume and its checkpoint. Seeds torch."""
+    state = read_checkpoint(args.resume) if args.resume else None
+    if state:
+        alone = args == Args(resume=args.resume)
+        require(alone, "--resume takes all flags from the run: give no other one beside it")
+        complete = Path(args.resume, "result.json").exists()
+        require(not complete, f"--resume {args.resume}: it is complete, see result.json there")
         args = state["args"]
     check_flags(args)
     use_cpu_well()
@@ -672,8 +641,7 @@ def start(args):
 
 
 class Run:
-    """A training run: new, or with the state of a checkpoint. The folder of a new one is made only
-    after all the input has been found good."""
+    """A run: new, in a folder that is made once all input is found good, or as a checkpoint is."""
 
     go_on = "nothing had begun"  # what Ctrl-C prints
 
@@ -681,16 +649,14 @@ class Run:
         self.args, self.data, self.agent, self.began = args, data, agent, time.perf_counter()
         self.policy = Policy(agent, data.units)
         self.make_env = find_env(data, args.env_id) if args.eval_episodes else None
-        self.step, self.metrics, self.returns = 0, [], []  # returns: of the last evaluation
-        self.extra = {}  # whatever else a method must find again
+        self.step, self.metrics, self.returns, self.extra = 0, [], [], {}  # extra: of Replay
         if state:
             self.folder = state["folder"]
             with blaming(f"{self.folder}: its checkpoint does not fit"):
                 self.began -= state["seconds"]
-                self.step, self.metrics = state["step"], state["metrics"]
-                self.returns, self.extra = state["returns"], state["extra"]
-                if self.step != (self.metrics[-1]["step"] if self.metrics else 0):
-                    raise UserError("its step is not that of its last metrics")
+                self.metrics, self.returns = state["metrics"], state["returns"]
+                self.step = self.metrics[-1]["step"] if self.metrics else 0
+                self.extra = state["extra"]
                 self.policy.load_state_dict(state["policy"])
                 torch.set_rng_state(state["rng"])
                 torch.cuda.set_rng_state_all(state["cuda_rng"])
@@ -698,18 +664,16 @@ class Run:
             name = f"{ALGORITHM}__{'+'.join(args.dataset_id).replace('/', '-')}__s{args.seed}"
             self.folder = Path(args.out_dir, f"{name}__{datetime.now():%Y%m%d-%H%M%S-%f}")
             versions = {p: version(p) for p in ("torch", "numpy", "gymnasium", "minari", "tyro")}
-            versions |= {f"{ALGORITHM}.py": __version__}
-            facts = json.dumps({"args": asdict(args), "versions": versions}, indent=2)
+            facts = {"args": asdict(args), "versions": versions | {f"{ALGORITHM}.py": __version__}}
             with blaming(f"--out-dir {args.out_dir}"):
                 self.folder.mkdir(parents=True)
             write(self.folder / f"{ALGORITHM}.py", Path(__file__).read_bytes())
-            write(self.folder / "args.json", facts.encode())
+            write(self.folder / "args.json", json.dumps(facts, indent=2).encode())
             self.save()  # so that there always is a checkpoint
         if args.compile:
             agent.update = compiled(agent.update, args.device)
-        folder = shlex.quote(str(self.folder))
-        Run.go_on = f"to go on: python {ALGORITHM}.py --resume {folder}"
-        print(f"run folder {folder}", flush=True)
+        Run.go_on = f"to go on: python {ALGORITHM}.py --resume {shlex.quote(str(self.folder))}"
+        print(f"run folder {self.folder}", flush=True)
 
     def save(self):
         """All that is needed to go on and to deploy."""
@@ -718,7 +682,6 @@ class Run:
             "algorithm": ALGORITHM,
             "args": asdict(self.args),
             "spaces": [serialize_space(x) for x in (units.observation_space, units.action_space)],
-            "step": self.step,
             "seconds": time.perf_counter() - self.began,
             "metrics": self.metrics,
             "returns": self.returns,
@@ -743,24 +706,21 @@ class Run:
         return update == self.last or (every > 0 and update // every > self.step // every)
 
     def log(self, update, metrics):
-        """If it is time: a row of metrics, with the returns if they are due, and a checkpoint. A
-        NaN stops the run before it overwrites the last good one."""
+        """If it is time: a row of metrics, and a checkpoint, but never of a run that has a NaN."""
         if not self.due(update, self.args.log_every):
             return
         with torch.no_grad(), torch.random.fork_rng():
             probe = slice(None, None, max(1, len(self.data.episode) // 1000))
             metrics = metrics | self.agent.diagnose(self.data.batch(probe))
         row = {"step": update} | {name: value.item() for name, value in metrics.items()}
-        for name, value in row.items():
-            if not math.isfinite(value):
-                good = f"the last good checkpoint is that of update {self.step} in {self.folder}"
-                mend = "smaller learning rates, --normalize-obs or --reward-scale may help"
-                raise UserError(f"update {update}: {name} is {value}; {mend}; {good}")
+        mend = "smaller learning rates, --normalize-obs or --reward-scale may help"
+        good = f"the last good checkpoint is that of update {self.step} in {self.folder}"
+        for name, x in row.items():
+            require(math.isfinite(x), f"update {update}: {name} is {x}; {mend}; {good}")
         row |= dict.fromkeys(("return_mean", "return_std", "score"))
         if self.make_env and self.due(update, self.args.eval_every):
-            share = 1 if update == self.last else 10
+            episodes = math.ceil(self.args.eval_episodes / (1 if update == self.last else 10))
             with blaming("evaluation (--eval-episodes 0 does without)"):
-                episodes = math.ceil(self.args.eval_episodes / share)
                 returns = evaluate(self.policy, self.make_env, episodes)
             row |= {"return_mean": returns.mean().item(), "return_std": returns.std().item()}
             if self.data.reference:
@@ -804,10 +764,9 @@ def read_checkpoint(folder, device="cpu"):
             state = torch.load(f"{folder}/checkpoint.pt", device, weights_only=True)
         except Exception as error:  # torch's own message advises to load what is not safe
             raise UserError(f"no readable checkpoint.pt, {type(error).__name__}") from error
-        if not isinstance(state, dict) or state.get("algorithm") != ALGORITHM:
-            raise UserError("its checkpoint.pt is of something else")
-        if not all((x < math.inf).all() for x in state["policy"].values()):  # nor NaN
-            raise UserError("its checkpoint.pt has weights that are NaN or infinite")
+        require(state["algorithm"] == ALGORITHM, f"it is one of {state['algorithm']}.py")
+        finite = all(x.isfinite().all() for x in state["policy"].values())
+        require(finite, "its checkpoint.pt has weights that are NaN or infinite")
         return state | {"folder": Path(folder), "args": Args(**state["args"])}
 
 

@@ -1196,9 +1196,13 @@ def blaming(what):
         raise UserError(" ".join(f"{what}: {reason}".split())[:500]) from error
 
 
+def require(ok, problem):
+    """Stops with the problem unless ok."""
+    if not ok:
+        raise UserError(problem)
+
+
 # ---- Data ----
-
-
 class Batch(NamedTuple):
     """N transitions in network units. terminal is 1.0 where the MDP ended, not at a time limit."""
 
@@ -1217,15 +1221,12 @@ class Units(nn.Module):
         self.observation_space, self.action_space = observation_space, action_space
         self.obs_dim, self.action_dim = map(spaces.flatdim, (observation_space, action_space))
         sizes = self.obs_dim, self.action_dim
-        if not 0 < min(sizes) <= max(sizes) <= 10**5:
-            raise UserError("observations and actions must have 1 to 100,000 numbers each")
+        require(1 <= min(sizes) and max(sizes) <= 10**5, "spaces must have 1 to 100,000 numbers")
         self.discrete = isinstance(action_space, spaces.Discrete)
-        box = isinstance(action_space, spaces.Box) and action_space.dtype.kind == "f"
-        box = box and action_space.is_bounded() and (action_space.low < action_space.high).all()
-        if not (box or self.discrete):
-            what = "actions must be Discrete or a Box of floats with finite bounds"
-            raise UserError(f"{what}, not {action_space}")
-        low, high = (0, 1) if self.discrete else (action_space.low, action_space.high)
+        floats = isinstance(action_space, spaces.Box) and action_space.dtype.kind == "f"
+        low, high = (action_space.low, action_space.high) if floats else (np.zeros(1), np.ones(1))
+        known = (floats or self.discrete) and ((low < high) & (high - low < math.inf)).all()
+        require(known, f"actions must be Discrete or a bounded Box of floats, not {action_space}")
         self.register_buffer("obs_mean", torch.zeros(self.obs_dim))
         self.register_buffer("obs_std", torch.ones(self.obs_dim))
         self.register_buffer("center", self.tensor((low + high) / 2.0).flatten())
@@ -1236,13 +1237,10 @@ class Units(nn.Module):
 
     def obs(self, obs):
         """(N, ...) -> (N, O), standardised. Dict and Tuple as rows of gymnasium.spaces.flatten."""
-        with blaming("observations"):
-            obs = self.tensor(obs)
-        if obs.ndim < 2 or math.prod(obs.shape[1:]) != self.obs_dim:
-            needed = f"(N, ...) with {self.obs_dim} numbers each"
-            raise UserError(f"observations of shape {tuple(obs.shape)} given, needed are {needed}")
-        if not obs.isfinite().all():
-            raise UserError("an observation is NaN or infinite")
+        obs = self.tensor(obs)
+        good = obs.ndim > 1 and obs.shape[1:].numel() == self.obs_dim
+        require(good, f"observations {tuple(obs.shape)} are not (N, {self.obs_dim}) numbers")
+        require(obs.isfinite().all(), "an observation is NaN or infinite")
         return (obs.flatten(1) - self.obs_mean) / self.obs_std
 
     def action(self, action):
@@ -1258,12 +1256,8 @@ class Units(nn.Module):
         if self.discrete:
             return action.cpu().numpy() + space.start
         action = (self.center + action * self.half_range).cpu().numpy()
-        if not np.isfinite(action).all():
-            raise UserError("the policy's action is NaN: observations are far from the data's")
+        require(np.isfinite(action).all(), "actions are NaN: observations are far from the data's")
         return action.reshape(-1, *space.shape).clip(space.low, space.high)
-
-
-QUALITIES = {"random": 1.0, "medium": 0.6, "expert": 0.0, "mixed": None}  # eps; None: drawn anew
 
 
 def scripted_action(dataset_id, obs):
@@ -1281,16 +1275,14 @@ def scripted_action(dataset_id, obs):
 
 def builtin_dataset(dataset_id):
     """20,000 transitions (the last episode complete), always the same, of a scripted controller
-    that acts at random with probability eps, which cartpole/0.35-v0 states as a number: (episodes,
-    (observation space, action space), make_env or None, reference or None). The actions of CartPole
-    have a probability, which is logged."""
-    known = re.fullmatch(rf"(?:pendulum|cartpole)/({'|'.join(QUALITIES)}|0\.\d+)-v0", dataset_id)
-    if not known:
-        what = f"{{pendulum,cartpole}}/{{{','.join(QUALITIES)}}}-v0 and, by their noise, 0.35-v0"
-        raise UserError(f"not on disk, and not built in, as are {what}")
-    noise = QUALITIES[known[1]] if known[1] in QUALITIES else float(known[1])
-    noise = 0.3 if dataset_id == "cartpole/medium-v0" else noise
-    rng, episodes, cartpole = np.random.default_rng(0), [], dataset_id.startswith("cartpole")
+    that acts at random with probability eps, in cartpole/0.35-v0 0.35; its probabilities if it has
+    any. -> (episodes, (observation space, action space), make_env or None, reference or None)."""
+    known = re.fullmatch(r"(pendulum|cartpole)/(random|medium|expert|mixed|0\.\d+)-v0", dataset_id)
+    names = "{pendulum,cartpole}/{random,medium,expert,mixed}-v0 and, by the noise, 0.35-v0"
+    require(known, f"not on disk, and not built in, as are {names}")
+    rng, episodes, cartpole = np.random.default_rng(0), [], known[1] == "cartpole"
+    noises = {"random": 1, "medium": 0.3 if cartpole else 0.6, "expert": 0, "mixed": None}
+    noise = noises[known[2]] if known[2] in noises else float(known[2])
     make_env = partial(gym.make, "CartPole-v1" if cartpole else "Pendulum-v1")
     env = make_env(disable_env_checker=True)
     while sum(len(episode.actions) for episode in episodes) < 20_000:
@@ -1313,27 +1305,25 @@ def builtin_dataset(dataset_id):
 
 
 def open_dataset(dataset_id):
-    """A Minari dataset from disk, else a built-in one, else from the hub: what builtin_dataset
-    returns."""
+    """What builtin_dataset returns, of a dataset on disk, else built in, else from the hub."""
     root = minari.storage.get_dataset_path()
     folder = root / dataset_id / "data"
     if not folder.exists():
         if dataset_id.startswith(("pendulum/", "cartpole/")):
             print(f"{dataset_id}: built in")
             return builtin_dataset(dataset_id)
-        if not dataset_id.rpartition("-v")[2].isdigit():
-            raise UserError(f"the id needs a version, as in {dataset_id}-v0")
+        versioned = re.search(r"-v\d+$", dataset_id)
+        require(versioned, f"the id needs a version, as in {dataset_id}-v0")
         others = sorted(str(x.parent.relative_to(root)) for x in root.glob("**/data"))
-        there = f"{root}, which has {', '.join(others) or 'none'}"
-        print(f"{dataset_id}: not in {there}; asking the hub", flush=True)
+        print(f"{dataset_id}: not in {root}, where {others} are; asking the hub", flush=True)
     with blaming(f"to install it by hand, put metadata.json and main_data.hdf5 into {folder}"):
         dataset = minari.load_dataset(dataset_id, download=True)
     print(f"{dataset_id}: read from {root}")
     # AntMaze's umaze: the maze of the evaluation is turned by 180 degrees against the data's.
     make_env = partial(dataset.recover_environment, eval_env="antmaze/umaze" not in dataset_id)
-    reference = [dataset.storage.metadata.get(f"ref_{end}_score") for end in ("min", "max")]
-    known = None not in reference and -math.inf < reference[0] < reference[1] < math.inf
-    reference = tuple(map(float, reference)) if known else None
+    scores = (dataset.storage.metadata.get(f"ref_{end}_score", "nan") for end in ("min", "max"))
+    low, high = map(float, scores)
+    reference = (low, high) if -math.inf < low < high < math.inf else None
     its_spaces = dataset.observation_space, dataset.action_space
     return dataset, its_spaces, dataset.env_spec and make_env, reference
 
@@ -1346,13 +1336,13 @@ def flatten(space, x):
     x = np.asarray(x)
     if isinstance(space, spaces.Discrete):
         one_hot = x[:, None] == np.arange(space.n) + space.start
-        if not one_hot.any(1).all():
-            raise UserError(f"step {one_hot.any(1).argmin()}: the observation is not in {space}")
+        known = one_hot.any(1)
+        require(known.all(), f"step {known.argmin()}: the observation is not in {space}")
         return one_hot.astype(np.float32)
-    if not isinstance(space, spaces.Box) or (space.dtype == np.uint8 and len(space.shape) > 1):
-        raise UserError(f"observations of {space} are not supported; images: store features")
-    if x.shape[1:] != space.shape or x.dtype.kind not in "biuf":
-        raise UserError(f"{x.dtype} observations of shape {x.shape[1:]} are not of {space}")
+    rows = isinstance(space, spaces.Box) and (space.dtype != np.uint8 or len(space.shape) < 2)
+    require(rows, f"observations of {space} are not supported; images: store features")
+    fits = x.shape[1:] == space.shape and x.dtype.kind in "biuf"
+    require(fits, f"{x.dtype} observations of shape {x.shape[1:]} are not of {space}")
     return x.astype(np.float32).reshape(len(x), -1)
 
 
@@ -1364,11 +1354,10 @@ def read_episode(episode, observation_space, action_space):
     columns = episode.actions, episode.rewards, episode.terminations, episode.truncations, log_prob
     action, reward, terminal, truncated, log_prob = columns = [np.asarray(x) for x in columns]
     obs, shapes = flatten(observation_space, episode.observations), [x.shape for x in columns]
-    if not T or len(obs) != T + 1 or shapes != [(T, *action_space.shape), *4 * [(T,)]]:
-        names = "actions, rewards, terminations, truncations and behavior_log_prob have shapes"
-        raise UserError(f"{len(obs)} observations need T = {len(obs) - 1}; {names} {shapes}")
-    if any(x.dtype.kind not in "biuf" for x in columns):
-        raise UserError("actions, rewards, terminations and truncations must be plain numbers")
+    names = "actions, rewards, terminations, truncations and behavior_log_prob"
+    good = 0 < T == len(obs) - 1 and shapes == [(T, *action_space.shape), *4 * [(T,)]]
+    require(good, f"{len(obs)} observations need T = {len(obs) - 1}; {names} have shapes {shapes}")
+    require(all(x.dtype.kind in "biuf" for x in columns), f"{names} must be plain numbers")
     if isinstance(action_space, spaces.Discrete):
         inside = np.isin(action, np.arange(action_space.n) + action_space.start)
     else:
@@ -1389,12 +1378,11 @@ def read_episode(episode, observation_space, action_space):
 
 
 def split_id(name):
-    """mylab/logs-v0[:80%] -> the id, and where the part begins and ends, in percent of the stored
-    episodes."""
+    """mylab/logs-v0[:80%] -> the id, and where the part begins and ends, in % of the episodes."""
     part = re.fullmatch(r"(.*?)(?:\[(?:(\d+)%)?:(?:(\d+)%)?\])?", name)
     first, last = int(part[2] or 0), int(part[3] or 100)
-    if "[" in part[1] or not first < last <= 100:
-        raise UserError("a part is written in whole percent, as [:80%] or [80%:]")
+    good = "[" not in part[1] and first < last <= 100
+    require(good, "a part is written in whole percent, as [:80%] or [80%:]")
     return part[1], first, last
 
 
@@ -1410,11 +1398,9 @@ class Dataset:
                 episodes, its_spaces, *_ = source = open_dataset(whole)
                 self.units = Units(*its_spaces)
                 sources.append(source)
-                if its_spaces != sources[0][1]:
-                    raise UserError(f"its spaces are not those of {ids[0]}")
+                require(its_spaces == sources[0][1], f"its spaces are not those of {ids[0]}")
                 numbers = range(-(-first * len(episodes) // 100), -(-last * len(episodes) // 100))
-                if not numbers:
-                    raise UserError("it has no episodes")
+                require(numbers, "it has no episodes")
                 for number in numbers:
                     with blaming(f"episode {number}"):
                         rows.append(read_episode(episodes[number], *its_spaces))
@@ -1426,22 +1412,20 @@ class Dataset:
         if reward_scale == "return-range":
             reward_scale = 1000 / (np.ptp(returns) or 1000)
         self.reward_scale, self.reward_shift = reward_scale, reward_shift
-        mean_min_max = f"{returns.mean():.1f} ({returns.min():.1f} to {returns.max():.1f})"
         size = f"{sum(map(len, reward))} transitions in {len(rows)} episodes"
+        mean_min_max = f"{returns.mean():.1f} ({returns.min():.1f} to {returns.max():.1f})"
         print(f"{size}, return {mean_min_max}; rewards x {reward_scale:.4g} + {reward_shift:.4g}")
-
+        s, next_s = np.concatenate([o[:-1] for o in obs]), np.concatenate([o[1:] for o in obs])
+        a, r, d, self.behavior_log_prob = map(np.concatenate, (action, reward, terminal, log_prob))
         with blaming(f"--device {device}"):
             units = self.units.to(device)
-            units.center.sum().item()  # does it compute?
-        s, next_s = np.concatenate([o[:-1] for o in obs]), np.concatenate([o[1:] for o in obs])
-        if normalize_obs:
-            units.obs_mean = units.tensor(s.mean(0, dtype=np.float64))
-            units.obs_std = units.tensor(s.std(0, dtype=np.float64) + 1e-3)
-        a, r, d, self.behavior_log_prob = map(np.concatenate, (action, reward, terminal, log_prob))
-        r, d = units.tensor(r * reward_scale + reward_shift), units.tensor(d)
-        self.transitions = Batch(units.obs(s), units.action(a), r, units.obs(next_s), d)
-        lengths = torch.tensor([len(r) for r in reward], device=device)
-        self.episode = torch.arange(len(rows), device=device).repeat_interleave(lengths)  # (M,)
+            if normalize_obs:
+                units.obs_mean = units.tensor(s.mean(0, dtype=np.float64))
+                units.obs_std = units.tensor(s.std(0, dtype=np.float64) + 1e-3)
+            r, d = units.tensor(r * reward_scale + reward_shift), units.tensor(d)
+            self.transitions = Batch(units.obs(s), units.action(a), r, units.obs(next_s), d)
+            lengths = torch.tensor([len(r) for r in reward], device=device)
+            self.episode = torch.arange(len(rows), device=device).repeat_interleave(lengths)  # (M,)
 
     def batch(self, index):
         return Batch(*(x[index] for x in self.transitions))
@@ -1452,11 +1436,8 @@ class Dataset:
 
 
 # ---- Evaluation ----
-
-
 def find_env(data, env_id):
-    """Makes the evaluation's environment: --env-id, else the dataset's; None without either. Its
-    observations become rows (O,) in the order of the data's space."""
+    """Makes environments of --env-id, else of the data, or None; observations become rows (O,)."""
     make = partial(gym.make, env_id) if env_id else data.make_env
     if make is None:
         print("no evaluation: the data name no environment; --env-id gives one, ope.py needs none")
@@ -1465,8 +1446,8 @@ def find_env(data, env_id):
         env, space = make(), data.units.observation_space
         limit = env.spec.max_episode_steps or data.episode.bincount().max().item()
         row = spaces.flatten(space, env.reset(seed=0)[0])
-        if len(row) != data.units.obs_dim or env.action_space != data.units.action_space:
-            raise UserError("its spaces are not those of the data")
+        same = len(row) == data.units.obs_dim and env.action_space == data.units.action_space
+        require(same, "its spaces are not those of the data")
     to_row = partial(gym.wrappers.TransformObservation, func=partial(spaces.flatten, space))
     settings = {"disable_env_checker": True, "max_episode_steps": limit}
     return lambda: to_row(make(**settings), observation_space=spaces.flatten_space(space))
@@ -1483,8 +1464,7 @@ def evaluate(policy, make_env, episodes, seed=10_000):
         for i, action in zip(list(obs), policy.act(np.stack(list(obs.values()))), strict=True):
             obs[i], reward, terminated, truncated, _ = envs[i].step(action)
             returns[i] += reward
-            if not math.isfinite(returns[i]):
-                raise UserError(f"the environment's reward is {reward}")
+            require(math.isfinite(returns[i]), f"the environment's reward is {reward}")
             if terminated or truncated:
                 envs[i].close()
                 del obs[i]
@@ -1492,10 +1472,9 @@ def evaluate(policy, make_env, episodes, seed=10_000):
 
 
 def use_cpu_well():
-    """oneDNN's float32 products are faster than MKL's on AMD CPUs, up to twice with AVX-512; where
-    the CPU would really round to bfloat16 (an error of 2e-3 instead of 1e-6) that is taken back.
-    One thread, or OMP_NUM_THREADS: two that wait for each other on a busy machine are ten times as
-    slow, and products so small gain little from the second."""
+    """One thread, or OMP_NUM_THREADS: a second gains little, and on a busy machine they wait for
+    each other. And oneDNN's float32 products, on AMD CPUs up to twice as fast as MKL's, unless the
+    CPU would really round to bfloat16 (an error of 2e-3 instead of 1e-6)."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
     torch.distributions.Distribution.set_default_validate_args(False)

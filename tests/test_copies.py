@@ -18,7 +18,10 @@ LINE = "# ---- Plumbing, the same in every file: a reader of the method can stop
 OWN = {"Args", "Agent", "main", "health", "BoxCritic", "DiscreteCritic"}  # meant to differ
 OWN_OF_OPE = {"command_line"}
 ONLINE = {"iql.py", "awac.py"}  # have Replay
-MISSING = {"bc.py": {"q_health", "polyak_update", "pick"}, "mopo.py": {"pick"}}  # of no use there
+MISSING = {  # of no use there
+    "bc.py": {"q_health", "polyak_update", "pick"},
+    **{file: {"pick"} for file in ("iql.py", "awac.py", "mopo.py")},
+}
 
 
 def read(file):

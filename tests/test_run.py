@@ -188,7 +188,8 @@ def rows(path):
 
 
 def checkpoint(folder):
-    return torch.load(folder / "checkpoint.pt", weights_only=True)
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    return state | {"step": state["metrics"][-1]["step"] if state["metrics"] else 0}
 
 
 def equal(one, other):
@@ -595,7 +596,7 @@ def exit_line(file, flags):
 
 def test_resume_takes_no_other_flag_and_no_complete_run(usual, tmp_path):
     folder = usual("cql.py", "box")[1]
-    with pytest.raises(UserError, match=rf"--resume {folder}: the run is complete, see result"):
+    with pytest.raises(UserError, match=rf"--resume {folder}: it is complete, see result"):
         resume("cql.py", folder)
     with pytest.raises(UserError, match="--resume takes all flags from the run"):
         cql.main(cql.Args(resume=str(folder), seed=5))
@@ -931,7 +932,7 @@ def test_act_takes_raw_observations_and_gives_what_the_environment_takes(file, k
 def test_observations_of_another_shape_are_an_error_not_garbage(shape, usual):
     """Three numbers of one Pendulum would otherwise broadcast to three observations."""
     policy = cql.load_policy(usual("cql.py", "box")[1])
-    with pytest.raises(UserError, match=re.escape(f"shape {shape} given, needed are (N, ...)")):
+    with pytest.raises(UserError, match=re.escape(f"{shape} are not (N, 3) numbers")):
         policy.act(np.zeros(shape, np.float32))
 
 
