@@ -289,7 +289,6 @@ def health(metrics, data, args):
 
 
 # ---- Plumbing, the same in every file: a reader of the method can stop here ----
-
 ALGORITHM = Path(__file__).stem
 
 
@@ -691,8 +690,8 @@ def find_env(data, env_id):
 
 @torch.random.fork_rng()
 def evaluate(policy, make_env, episodes, seed=10_000):
-    """Raw returns (episodes,) of the deterministic policy; episode i is reset with seed + i, the
-    same for all methods, so that comparisons are paired. Finished environments are not stepped."""
+    """Raw returns (episodes,) of the deterministic policy. Episode i is reset with seed + i for all
+    methods, so that comparisons are paired."""
     torch.manual_seed(seed)
     envs, returns = [make_env() for _ in range(episodes)], np.zeros(episodes)
     obs = {i: env.reset(seed=seed + i)[0] for i, env in enumerate(envs)}  # of those still alive
@@ -726,35 +725,6 @@ def q_health(metrics, data, gamma, if_high, if_low):
 
 
 # ---- The run and its folder ----
-LIMITS = {  # of flags, bounds included; of others: counts 1 to 10^9, numbers 0 to 10^9
-    **dict.fromkeys(("lr", "critic_lr", "actor_lr", "model_lr", "polyak"), (1e-12, 1)),
-    **dict.fromkeys(("hidden", "vae_hidden", "model_hidden", "rollout_length"), (1, 10**4)),
-    **dict.fromkeys(("samples", "target_samples", "act_samples", "action_samples"), (1, 10**4)),
-    **dict.fromkeys(("reward_shift", "target_gap"), (-(10**9), 10**9)),
-    **dict.fromkeys(("threshold", "soft_min", "real_ratio"), (0, 1)),
-    **dict.fromkeys(("batch_size", "rollout_starts"), (1, 10**6)),
-    **{"seed": (0, 2**32 - 1), "online_steps": (0, 10**8), "top_fraction": (1e-6, 1)},
-    **{"eval_every": (0, 10**9), "eval_episodes": (0, 10**4), "reward_scale": (1e-9, 10**9)},
-    **{"gamma": (0, 1 - 1e-6), "expectile": (1e-6, 1 - 1e-6), "lam": (1e-6, 10**9)},
-    **{"held_out": (0, 0.9), "phi": (0, 2)},
-}
-
-
-def check_flags(args):
-    """Numbers lie within LIMITS, where neither NaN nor infinity does."""
-    for flag in fields(args):
-        value, many = getattr(args, flag.name), isinstance(flag.default, tuple)
-        kind = type(flag.default[0] if many else flag.default)
-        low, high = LIMITS.get(flag.name, (1, 10**9) if kind is int else (0, 10**9))
-        with blaming(f"--{flag.name.replace('_', '-')} {value}"):
-            given = not many or (value and type(value) is tuple)
-            require(given, "one or more values are needed, as a tuple")
-            for x in value if many else (value,):
-                require(kind is not int or type(x) is int, "a whole number is needed")
-                number = isinstance(x, int | float) or (kind is float and x != "return-range")
-                require(not number or low <= x <= high, f"it must lie in {low:g} to {high:g}")
-
-
 def use_cpu_well():
     """One thread, or OMP_NUM_THREADS: a second gains little, and on a busy machine they wait for
     each other. And oneDNN's float32 products, on AMD CPUs up to twice as fast as MKL's, unless the
@@ -769,6 +739,20 @@ def use_cpu_well():
         torch.backends.mkldnn.matmul.fp32_precision = "none"
 
 
+LIMITS = {  # of flags, so that none is NaN; of others: counts 1 to 10^9, numbers 0 to 10^9
+    **dict.fromkeys(("lr", "critic_lr", "actor_lr", "model_lr", "polyak"), (1e-12, 1)),
+    **dict.fromkeys(("hidden", "vae_hidden", "model_hidden", "rollout_length"), (1, 10**4)),
+    **dict.fromkeys(("samples", "target_samples", "act_samples"), (1, 10**4)),
+    **dict.fromkeys(("reward_shift", "target_gap"), (-(10**9), 10**9)),
+    **dict.fromkeys(("threshold", "soft_min", "real_ratio"), (0, 1)),
+    **dict.fromkeys(("batch_size", "rollout_starts"), (1, 10**6)),
+    **{"seed": (0, 2**32 - 1), "online_steps": (0, 10**8), "top_fraction": (1e-6, 1)},
+    **{"eval_every": (0, 10**9), "eval_episodes": (0, 10**4), "reward_scale": (1e-9, 10**9)},
+    **{"gamma": (0, 1 - 1e-6), "expectile": (1e-6, 1 - 1e-6), "lam": (1e-6, 10**9)},
+    **{"held_out": (0, 0.9), "phi": (0, 2)},
+}
+
+
 def start(args):
     """Checked flags and None, or those of --resume and its checkpoint. Seeds torch."""
     state = read_checkpoint(args.resume) if args.resume else None
@@ -778,7 +762,17 @@ def start(args):
         complete = Path(args.resume, "result.json").exists()
         require(not complete, f"--resume {args.resume}: it is complete, see result.json there")
         args = state["args"]
-    check_flags(args)
+    for flag in fields(args):
+        value, many = getattr(args, flag.name), isinstance(flag.default, tuple)
+        kind = type(flag.default[0] if many else flag.default)
+        low, high = LIMITS.get(flag.name, (1, 10**9) if kind is int else (0, 10**9))
+        with blaming(f"--{flag.name.replace('_', '-')} {value}"):
+            given = (isinstance(value, tuple) and value) or not many
+            require(given, "one or more values are needed, as a tuple")
+            for x in value if many else (value,):
+                require(kind is not int or type(x) is int, "a whole number is needed")
+                number = isinstance(x, int | float) or (kind is float and x != "return-range")
+                require(not number or low <= x <= high, f"it must lie in {low:g} to {high:g}")
     use_cpu_well()
     torch.manual_seed(args.seed)
     return args, state
@@ -909,8 +903,8 @@ def read_checkpoint(folder, device="cpu"):
         except Exception as error:  # torch's own message advises to load what is not safe
             raise UserError(f"no readable checkpoint.pt, {type(error).__name__}") from error
         require(state["algorithm"] == ALGORITHM, f"it is one of {state['algorithm']}.py")
-        finite = all(x.isfinite().all() for x in state["policy"].values())
-        require(finite, "its checkpoint.pt has weights that are NaN or infinite")
+        good = all((x < math.inf).all() for x in state["policy"].values())  # log_alpha may be -inf
+        require(good, "its checkpoint.pt has weights that are NaN or infinite")
         return state | {"folder": Path(folder), "args": Args(**state["args"])}
 
 

@@ -161,22 +161,16 @@ def main(args: Args) -> dict:
     return run.finish()
 
 
-def Agent(units, args):
-    if units.discrete:
-        others = "bc.py, cql.py, iql.py, bcq.py and awac.py"
-        raise UserError(f"MOPO needs Box actions, these are Discrete, which {others} support")
-    if args.conservative and not 0 < round(args.real_ratio * args.batch_size) < args.batch_size:
-        raise UserError("--conservative needs real and model transitions: --real-ratio 0.5")
-    return MOPO(units, args)
-
-
-class MOPO(nn.Module):
+class Agent(nn.Module):
     """SAC on real and imagined transitions."""
 
     def __init__(self, units, args):
         super().__init__()
         self.args, self.action_dim = args, units.action_dim
         self.real_rows = round(args.real_ratio * args.batch_size)
+        mixed = 0 < self.real_rows < args.batch_size or not args.conservative
+        require(mixed, "--conservative needs real and model transitions: --real-ratio 0.5")
+        require(not units.discrete, "MOPO needs Box actions; cql.py and others take Discrete ones")
         self.model = Model(units, args)
         self.model_buffer = ModelBuffer(units, 5 * args.rollout_starts * args.rollout_length)
         self.policy = TanhGaussian(units, args.hidden)
@@ -365,8 +359,7 @@ def outcome(batch):
 def split(data):
     """The transitions to fit the model on, and those held out (H,): whole episodes (D2)."""
     episodes = torch.randperm(len(data.returns), device=data.episode.device)
-    if len(episodes) < 2:
-        raise UserError("MOPO holds out whole episodes: the data must have at least two")
+    require(len(episodes) > 1, "MOPO holds out whole episodes: the data must have at least two")
     is_held_out = torch.isin(data.episode, episodes[: math.ceil(len(episodes) / 10)])
     return (~is_held_out).nonzero()[:, 0], is_held_out.nonzero()[:, 0]
 
@@ -381,7 +374,7 @@ def fit_ensemble(model, train, held_out, args):
     """(1), until no member has improved on the held-out transitions by 1% for 5 epochs. Each member
     learns from its own bootstrap sample and goes back to its best weights; the elites are the best
     members. As in the official code the error of the means decides: d, which settles later, is
-    then often too wide, as the report's shares within 1 and 2 std show."""
+    then often too wide, as the report shows."""
     inputs, x = torch.cat([train.obs, train.action], 1), outcome(train)
     model.input_mean.copy_(inputs.mean(0))
     model.input_std.copy_(inputs.std(0).where(inputs.std(0) > 1e-6, 1.0))  # 1 for a constant
@@ -398,8 +391,9 @@ def fit_ensemble(model, train, held_out, args):
         for index in rows.split(args.batch_size, 1):  # (members, N)
             step(optimizer, model.loss(train.obs[index], train.action[index], x[index]))
         error = squared_error(model, held_out)
-        if not error.isfinite().all():
-            raise UserError("the model's held-out error is not finite: lower --model-lr")
+        require(
+            error.isfinite().all(), "the model's held-out error is not finite: lower --model-lr"
+        )
         improved = error < 0.99 * best_error
         best_error = error.where(improved, best_error)
         for kept, p in zip(best.parameters(), model.net.parameters(), strict=True):
@@ -513,95 +507,66 @@ def health(metrics, data, args):
 
 
 # ---- The report on the model, printed before the policy is trained ----
-
-
 @torch.no_grad()
 def model_report(model, data, held_out, args):
     """Whether the model deserves trust, as text, from the held-out transitions (H,)."""
     batch = data.batch(held_out)
     mean, logvar = model(batch.obs, batch.action)
     x, u = outcome(batch), model.uncertainty(mean, logvar)
-    miss = (mean - x)[model.elites]  # (elites, H, O + 1)
+    miss, std = (mean - x)[model.elites], (logvar / 2).exp()[model.elites]  # (elites, H, O + 1)
+    share_of = x.var(0).clamp(min=1e-12)  # a variance that may be 0
+    by_u, error = u.argsort().tensor_split(5), miss.norm(dim=-1).mean(0)  # (H,)
+    penalty, size = (0 if args.conservative else args.penalty) * u, batch.reward.abs()
+    table = {
+        "squared error of each elite / variance": ((miss**2).mean(1) / share_of).mean(1),
+        "share within 1 std (a right Gaussian: 0.683)": (miss.abs() < std).float().mean((1, 2)),
+        **growth(model, data, held_out, args.rollout_length),
+        "u, by fifths": [u[i].mean() for i in by_u],
+        "  error |m - x| there": [error[i].mean() for i in by_u],
+        "penalty, mean and largest": [penalty.mean(), penalty.max()],
+        "|r|, mean and largest": [size.mean(), size.max()],
+        **found_terminals(model, batch),
+    }
     lines = [f"The model on {len(held_out)} transitions of held-out episodes:"]
-    lines += accuracy_table(miss, (logvar / 2).exp()[model.elites], x)
-    lines += growth_table(model, data, held_out, args.rollout_length)
-    lines += penalty_table(u, miss.norm(dim=-1).mean(0))
-    if not args.conservative:
-        lines += [
-            row("penalty, mean and largest", [args.penalty * u.mean(), args.penalty * u.max()])
-        ]
-    lines += [row("|r|, mean and largest", [batch.reward.abs().mean(), batch.reward.abs().max()])]
-    return "\n".join(lines + terminals_table(model, batch)) + "\n"
+    for name, values in table.items():
+        lines.append(f"{name:48}" + "".join(f"{float(value):10.3g}" for value in values))
+    return "\n".join(lines) + "\n"
 
 
-def row(name, values):
-    return f"{name:48}" + "".join(f"{float(x):10.3g}" for x in values)
-
-
-def accuracy_table(miss, std, x):
-    """Of the elites: miss and std (elites, H, O + 1), x (H, O + 1)."""
-    squared = (miss**2).mean(1)  # (elites, O + 1)
-    share = (squared / x.var(0).clamp(min=1e-12)).mean(1)  # of a variance that may be 0
-    one, two = ((miss.abs() < k * std).float().mean((1, 2)) for k in (1, 2))
-    return [
-        row("squared error of each elite", squared.mean(1)),
-        row("  as a share of the variance", share),
-        row("share within 1 std (a right Gaussian: 0.683)", one),
-        row("share within 2 std (0.954)", two),
-    ]
-
-
-def growth_table(model, data, held_out, h):
+def growth(model, data, held_out, h):
     """How the error grows when the model goes on from its own predictions, with the elites' means
-    and the actions of the data."""
-    size = len(data.episode)
-    last = (held_out + h - 1).clamp(max=size - 1)
-    start = held_out[(held_out + h <= size) & (data.episode[held_out] == data.episode[last])]
-    if not len(start):
-        return [f"no held-out episode has {h} steps"]
+    and the actions of the data, where an episode has h steps."""
+    start = held_out[held_out + h <= len(data.episode)]
+    start = start[data.episode[start] == data.episode[start + h - 1]]
     scale = data.transitions.obs.std(0).clamp(min=1e-6)  # 0 for a constant
     obs = first = data.transitions.obs[start].expand(model.members, -1, -1)
-    errors = []
-    for k in range(h):
+    own, none = [], []
+    for k in range(h if len(start) else 0):
         batch = data.batch(start + k)
         obs = obs + model(obs, batch.action.expand(model.members, -1, -1))[0][..., :-1]
-        misses = [((s - batch.next_obs) / scale)[model.elites] for s in (obs, first)]
-        errors.append([miss.square().mean().sqrt() for miss in misses])
-    own, none = zip(*errors, strict=True)
-    return [
-        row(f"RMS error 1 to {h} steps ahead, in std of obs", own),
-        row("  of predicting no change", none),
-    ]
+        for errors, s in ((own, obs), (none, first)):
+            miss = ((s - batch.next_obs) / scale)[model.elites]
+            errors.append(miss.square().mean().sqrt())
+    return {
+        f"RMS error 1 to {h} steps ahead, in std of obs": own,
+        "  of predicting no change": none,
+    }
 
 
-def penalty_table(u, error):
-    """Whether u (H,) is large where the elites' error |m - x| (H,) is."""
-    fifths = u.argsort().tensor_split(5)
-    ranks = torch.stack([x.argsort().argsort().float() for x in (u, error)])
-    return [
-        row("u, by fifths", [u[i].mean() for i in fifths]),
-        row("  error |m - x| there", [error[i].mean() for i in fifths]),
-        row("  rank correlation of u with it", [torch.corrcoef(ranks)[0, 1]]),
-    ]
-
-
-def terminals_table(model, batch):
+def found_terminals(model, batch):
     if model.terminal_threshold == model.never:
-        return ["terminals: none in the episodes fitted, the model never ends one"]
+        return {"terminals: none in the episodes fitted, the model never ends one": []}
     said = model.terminal_logit(batch.next_obs) > model.terminal_threshold
     is_end = batch.terminal == 1
     precision, recall = ((is_end & said).sum() / n.sum().clamp(min=1) for n in (said, is_end))
-    lines = [
-        row("terminals held out, predicted", [is_end.sum(), said.sum()]),
-        row("  precision, recall", [precision, recall]),
-    ]
+    table = {"terminals held out, predicted": [is_end.sum(), said.sum()]}
+    table["  precision, recall"] = precision, recall
     if is_end.any() and recall < 0.8:
-        lines += ["warning: the model misses many terminals, and imagines life after them"]
-    return lines
+        table["warning: the model misses many terminals, and imagines life after them"] = []
+    return table
 
 
 # ---- Plumbing, the same in every file: a reader of the method can stop here ----
-
 ALGORITHM = Path(__file__).stem
 
 
@@ -961,8 +926,8 @@ def find_env(data, env_id):
 
 @torch.random.fork_rng()
 def evaluate(policy, make_env, episodes, seed=10_000):
-    """Raw returns (episodes,) of the deterministic policy; episode i is reset with seed + i, the
-    same for all methods, so that comparisons are paired. Finished environments are not stepped."""
+    """Raw returns (episodes,) of the deterministic policy. Episode i is reset with seed + i for all
+    methods, so that comparisons are paired."""
     torch.manual_seed(seed)
     envs, returns = [make_env() for _ in range(episodes)], np.zeros(episodes)
     obs = {i: env.reset(seed=seed + i)[0] for i, env in enumerate(envs)}  # of those still alive
@@ -996,35 +961,6 @@ def q_health(metrics, data, gamma, if_high, if_low):
 
 
 # ---- The run and its folder ----
-LIMITS = {  # of flags, bounds included; of others: counts 1 to 10^9, numbers 0 to 10^9
-    **dict.fromkeys(("lr", "critic_lr", "actor_lr", "model_lr", "polyak"), (1e-12, 1)),
-    **dict.fromkeys(("hidden", "vae_hidden", "model_hidden", "rollout_length"), (1, 10**4)),
-    **dict.fromkeys(("samples", "target_samples", "act_samples", "action_samples"), (1, 10**4)),
-    **dict.fromkeys(("reward_shift", "target_gap"), (-(10**9), 10**9)),
-    **dict.fromkeys(("threshold", "soft_min", "real_ratio"), (0, 1)),
-    **dict.fromkeys(("batch_size", "rollout_starts"), (1, 10**6)),
-    **{"seed": (0, 2**32 - 1), "online_steps": (0, 10**8), "top_fraction": (1e-6, 1)},
-    **{"eval_every": (0, 10**9), "eval_episodes": (0, 10**4), "reward_scale": (1e-9, 10**9)},
-    **{"gamma": (0, 1 - 1e-6), "expectile": (1e-6, 1 - 1e-6), "lam": (1e-6, 10**9)},
-    **{"held_out": (0, 0.9), "phi": (0, 2)},
-}
-
-
-def check_flags(args):
-    """Numbers lie within LIMITS, where neither NaN nor infinity does."""
-    for flag in fields(args):
-        value, many = getattr(args, flag.name), isinstance(flag.default, tuple)
-        kind = type(flag.default[0] if many else flag.default)
-        low, high = LIMITS.get(flag.name, (1, 10**9) if kind is int else (0, 10**9))
-        with blaming(f"--{flag.name.replace('_', '-')} {value}"):
-            given = not many or (value and type(value) is tuple)
-            require(given, "one or more values are needed, as a tuple")
-            for x in value if many else (value,):
-                require(kind is not int or type(x) is int, "a whole number is needed")
-                number = isinstance(x, int | float) or (kind is float and x != "return-range")
-                require(not number or low <= x <= high, f"it must lie in {low:g} to {high:g}")
-
-
 def use_cpu_well():
     """One thread, or OMP_NUM_THREADS: a second gains little, and on a busy machine they wait for
     each other. And oneDNN's float32 products, on AMD CPUs up to twice as fast as MKL's, unless the
@@ -1039,6 +975,20 @@ def use_cpu_well():
         torch.backends.mkldnn.matmul.fp32_precision = "none"
 
 
+LIMITS = {  # of flags, so that none is NaN; of others: counts 1 to 10^9, numbers 0 to 10^9
+    **dict.fromkeys(("lr", "critic_lr", "actor_lr", "model_lr", "polyak"), (1e-12, 1)),
+    **dict.fromkeys(("hidden", "vae_hidden", "model_hidden", "rollout_length"), (1, 10**4)),
+    **dict.fromkeys(("samples", "target_samples", "act_samples"), (1, 10**4)),
+    **dict.fromkeys(("reward_shift", "target_gap"), (-(10**9), 10**9)),
+    **dict.fromkeys(("threshold", "soft_min", "real_ratio"), (0, 1)),
+    **dict.fromkeys(("batch_size", "rollout_starts"), (1, 10**6)),
+    **{"seed": (0, 2**32 - 1), "online_steps": (0, 10**8), "top_fraction": (1e-6, 1)},
+    **{"eval_every": (0, 10**9), "eval_episodes": (0, 10**4), "reward_scale": (1e-9, 10**9)},
+    **{"gamma": (0, 1 - 1e-6), "expectile": (1e-6, 1 - 1e-6), "lam": (1e-6, 10**9)},
+    **{"held_out": (0, 0.9), "phi": (0, 2)},
+}
+
+
 def start(args):
     """Checked flags and None, or those of --resume and its checkpoint. Seeds torch."""
     state = read_checkpoint(args.resume) if args.resume else None
@@ -1048,7 +998,17 @@ def start(args):
         complete = Path(args.resume, "result.json").exists()
         require(not complete, f"--resume {args.resume}: it is complete, see result.json there")
         args = state["args"]
-    check_flags(args)
+    for flag in fields(args):
+        value, many = getattr(args, flag.name), isinstance(flag.default, tuple)
+        kind = type(flag.default[0] if many else flag.default)
+        low, high = LIMITS.get(flag.name, (1, 10**9) if kind is int else (0, 10**9))
+        with blaming(f"--{flag.name.replace('_', '-')} {value}"):
+            given = (isinstance(value, tuple) and value) or not many
+            require(given, "one or more values are needed, as a tuple")
+            for x in value if many else (value,):
+                require(kind is not int or type(x) is int, "a whole number is needed")
+                number = isinstance(x, int | float) or (kind is float and x != "return-range")
+                require(not number or low <= x <= high, f"it must lie in {low:g} to {high:g}")
     use_cpu_well()
     torch.manual_seed(args.seed)
     return args, state
@@ -1179,8 +1139,8 @@ def read_checkpoint(folder, device="cpu"):
         except Exception as error:  # torch's own message advises to load what is not safe
             raise UserError(f"no readable checkpoint.pt, {type(error).__name__}") from error
         require(state["algorithm"] == ALGORITHM, f"it is one of {state['algorithm']}.py")
-        finite = all(x.isfinite().all() for x in state["policy"].values())
-        require(finite, "its checkpoint.pt has weights that are NaN or infinite")
+        good = all((x < math.inf).all() for x in state["policy"].values())  # log_alpha may be -inf
+        require(good, "its checkpoint.pt has weights that are NaN or infinite")
         return state | {"folder": Path(folder), "args": Args(**state["args"])}
 
 

@@ -1455,8 +1455,8 @@ def find_env(data, env_id):
 
 @torch.random.fork_rng()
 def evaluate(policy, make_env, episodes, seed=10_000):
-    """Raw returns (episodes,) of the deterministic policy; episode i is reset with seed + i, the
-    same for all methods, so that comparisons are paired. Finished environments are not stepped."""
+    """Raw returns (episodes,) of the deterministic policy. Episode i is reset with seed + i for all
+    methods, so that comparisons are paired."""
     torch.manual_seed(seed)
     envs, returns = [make_env() for _ in range(episodes)], np.zeros(episodes)
     obs = {i: env.reset(seed=seed + i)[0] for i, env in enumerate(envs)}  # of those still alive

@@ -556,9 +556,10 @@ def test_terminals_are_learned_from_the_data():
     said, is_end = model.terminal_logit(batch.next_obs) > model.terminal_threshold, batch.terminal
     precision, recall = ((said * is_end).sum() / n.sum() for n in (said, is_end))
     assert precision > 0.8 and recall > 0.8
-    lines = mopo.terminals_table(model, batch)
-    assert numbers(lines[0]) == [is_end.sum(), said.sum()]
-    assert numbers(lines[1]) == pytest.approx([precision.item(), recall.item()], abs=1e-3)
+    assert [*mopo.found_terminals(model, batch).values()] == [
+        [is_end.sum(), said.sum()],
+        (precision, recall),
+    ]
 
 
 def test_it_is_the_state_arrived_at_that_ends_an_episode(monkeypatch):
@@ -619,8 +620,8 @@ def test_without_terminals_none_is_imagined_and_where_all_are_all_are():
         obs, action = 1e3 * torch.randn(1_000, 2), torch.randn(1_000, 1)
         assert (model.imagine(obs, action)[2] == kind).all()
         assert all(x.isfinite().all() for x in model.state_dict().values())
-        lines = mopo.terminals_table(model, data.batch(held_out))
-        assert numbers(lines[0]) == [10, 10] if kind else "never ends one" in lines[0]
+        (text, counts), *_ = mopo.found_terminals(model, data.batch(held_out)).items()
+        assert counts == ([10, 10] if kind else []) and ("never ends one" in text) == (not kind)
 
 
 # ---- The model buffer ----
@@ -891,10 +892,6 @@ def test_health_compares_q_with_rewards_that_have_the_bonus_and_the_penalty():
 # ---- The report ----
 
 
-def numbers(line):
-    return [float(x) for x in line[48:].split()]
-
-
 def perfect_model(noise=0.1):
     truth, data = linear_system(noise=noise)
     model = Model(data.units, Args(model_hidden=()))
@@ -908,20 +905,34 @@ def perfect_model(noise=0.1):
     return model, data, truth
 
 
-def test_the_calibration_of_a_right_and_of_an_overconfident_model():
+def reported(model, data, held_out, **flags):
+    """The report's first line and {its rows' names: their numbers}."""
+    first, *lines, _ = mopo.model_report(model, data, held_out, Args(**flags)).splitlines()
+    return first, {line[:48].strip(): [float(x) for x in line[48:].split()] for line in lines}
+
+
+def test_the_report_on_a_right_and_on_an_overconfident_model():
     model, data, _ = perfect_model()
-    x = mopo.outcome(data.transitions)
+    batch, everything = data.transitions, torch.arange(len(data.episode))
+    x = mopo.outcome(batch)
+    first, rows = reported(model, data, everything, penalty=3.0)
+    assert f"{len(x)} transitions of held-out" in first
+    share = rows["squared error of each elite / variance"]
+    assert share == pytest.approx([(0.01 / x.var(0)).mean().item()] * 5, rel=0.05)
+    inside = "share within 1 std (a right Gaussian: 0.683)"
+    assert rows[inside] == pytest.approx([0.683] * 5, abs=0.01)
     with torch.no_grad():
-        mean, logvar = model(data.transitions.obs, data.transitions.action)
-    miss, std = mean - x, (logvar / 2).exp()
-    squared, share, one, two = map(numbers, mopo.accuracy_table(miss, std, x))
-    assert squared == pytest.approx([0.01] * 7, rel=0.05)
-    assert share == pytest.approx([(0.01 / x.var(0)).mean().item()] * 7, rel=0.05)
-    assert one == pytest.approx([0.683] * 7, abs=0.01)
-    assert two == pytest.approx([0.954] * 7, abs=0.01)
-    _, _, one, two = map(numbers, mopo.accuracy_table(miss, std / 2, x))
-    assert one == pytest.approx([0.383] * 7, abs=0.01)  # of half a std
-    assert two == pytest.approx([0.683] * 7, abs=0.01)
+        u = model.uncertainty(*model(batch.obs, batch.action))
+    for name, value in (("penalty", 3 * u), ("|r|", batch.reward.abs())):
+        expected = [value.mean().item(), value.max().item()]
+        assert rows[f"{name}, mean and largest"] == pytest.approx(expected, rel=0.01)
+    assert reported(model, data, everything, conservative=1.0)[1]["penalty, mean and largest"] == [
+        0,
+        0,
+    ]
+    with torch.no_grad():
+        model.net.bias[0][:, 3:] -= math.log(4)  # half the std
+    assert reported(model, data, everything)[1][inside] == pytest.approx([0.383] * 5, abs=0.01)
 
 
 def test_the_growth_table_of_a_perfect_model_is_zero_and_of_a_wrong_one_is_exact():
@@ -937,8 +948,12 @@ def test_the_growth_table_of_a_perfect_model_is_zero_and_of_a_wrong_one_is_exact
         obs = obs + x[:2]
     data = make_data(Batch(*map(torch.stack, zip(*rows, strict=True))), 20)
     held_out = torch.arange(140, 200)
-    growth_table = torch.no_grad()(mopo.growth_table)
-    own, none = map(numbers, growth_table(model, data, held_out, 4))
+
+    @torch.no_grad()
+    def growth(h):
+        return [[float(x) for x in row] for row in mopo.growth(model, data, held_out, h).values()]
+
+    own, none = growth(4)
     assert own == pytest.approx([0] * 4, abs=1e-5)
     starts = [t for t in range(140, 200) if t % 20 <= 16]  # where 4 steps of the episode follow
     scale = data.transitions.obs.std(0)
@@ -946,17 +961,28 @@ def test_the_growth_table_of_a_perfect_model_is_zero_and_of_a_wrong_one_is_exact
         moved = data.transitions.next_obs[[t + k for t in starts]] - data.transitions.obs[starts]
         assert none[k] == pytest.approx((moved / scale).square().mean().sqrt().item(), rel=0.01)
     model.net.weight[0].data[5:].zero_()  # not elites: theirs is not the imagined world
-    assert numbers(growth_table(model, data, held_out, 4)[0]) == own
+    assert growth(4)[0] == own
     model.net.weight[0].data.zero_()  # predicts no change
-    assert numbers(growth_table(model, data, held_out, 4)[0]) == none
-    assert "no held-out episode" in growth_table(model, data, held_out, 21)[0]
+    assert growth(4)[0] == none
+    assert growth(21) == [[], []]  # no episode is as long
 
 
-def test_the_penalty_table_orders_by_u():
-    u = torch.tensor([5.0, 1, 4, 2, 3])
-    by_u, error, rank = map(numbers, mopo.penalty_table(u, 60 - u**2))
-    assert by_u == [1, 2, 3, 4, 5] and error == [59, 56, 51, 44, 35] and rank == [-1]
-    assert numbers(mopo.penalty_table(u, u**2)[2]) == [1]
+def test_the_report_has_the_error_where_u_is_low_and_where_it_is_high(monkeypatch):
+    model, data, _ = perfect_model()
+    everything = torch.arange(len(data.episode))
+    u = torch.randperm(len(everything)).float()
+    monkeypatch.setattr(model, "uncertainty", lambda *_: u)
+    forward = model.forward
+
+    def wrong_by_u(obs, action):
+        mean, logvar = forward(obs, action)
+        return mean + (u[:, None] if len(mean[0]) == len(u) else 0), logvar
+
+    monkeypatch.setattr(model, "forward", wrong_by_u)
+    rows, fifth = reported(model, data, everything)[1], len(u) / 5
+    expected = [(k + 0.5) * fifth - 0.5 for k in range(5)]
+    assert rows["u, by fifths"] == pytest.approx(expected, rel=0.01)
+    assert rows["error |m - x| there"] == pytest.approx([3**0.5 * x for x in expected], rel=0.01)
 
 
 def test_the_report_warns_where_terminals_are_missed(monkeypatch):
@@ -968,26 +994,11 @@ def test_the_report_warns_where_terminals_are_missed(monkeypatch):
         batch.next_obs[:, 0] = 0
         batch.next_obs[:found, 0] = 1
         batch.next_obs[10:12, 0] = 1  # false alarms
-        counts, shares, *warning = mopo.terminals_table(model, batch)
-        assert numbers(counts) == [10, found + 2]
-        assert numbers(shares) == pytest.approx([found / (found + 2), found / 10], abs=1e-3)
-        assert (["warning" in x for x in warning] == [True]) == warned
-
-
-def test_the_report_has_the_penalty_beside_the_rewards():
-    data, model, held_out = hopper_like()
-    batch = data.batch(held_out)
-    u = model.uncertainty(*model(batch.obs, batch.action))
-    lines = mopo.model_report(model, data, held_out, Args(penalty=3.0)).splitlines()
-    assert f"{len(held_out)} transitions" in lines[0]
-    penalty = next(numbers(x) for x in lines if x.startswith("penalty, mean"))
-    assert penalty == pytest.approx([3 * u.mean().item(), 3 * u.max().item()], rel=0.01)
-    reward = next(numbers(x) for x in lines if x.startswith("|r|"))
-    assert reward == [1, 1]
-    mean = model(batch.obs, batch.action)[0][model.elites]
-    error = (mean - mopo.outcome(batch)).square().mean((1, 2)).tolist()
-    squared = next(numbers(x) for x in lines if x.startswith("squared error"))
-    assert squared == pytest.approx(error, rel=0.01) and len(squared) == 5
+        table = mopo.found_terminals(model, batch)
+        counts, shares, *_ = table.values()
+        assert counts == [10, found + 2]
+        assert [float(x) for x in shares] == pytest.approx([found / (found + 2), found / 10])
+        assert any(name.startswith("warning") for name in table) == warned
 
 
 # ---- Runs ----
@@ -1019,7 +1030,7 @@ def test_discrete_actions_are_one_clear_line_and_leave_no_folder(tmp_path):
 )
 def test_wrong_flags_are_one_clear_line(flags, name):
     with pytest.raises(mopo.UserError, match=name):
-        mopo.check_flags(args := Args(**flags))
+        mopo.start(args := Args(**flags))
         Agent(units(), args)
 
 
@@ -1046,8 +1057,8 @@ SMALL |= {"real_ratio": 0.5, "terminal_updates": 20}
     ("owner", "where", "call", "conservative", "fits"),
     [
         (Model, "loss", 3, 0.0, True),
-        (mopo.MOPO, "sample", 1, 0.0, True),
-        (mopo.MOPO, "sample", 4, 1.0, False),
+        (mopo.Agent, "sample", 1, 0.0, True),
+        (mopo.Agent, "sample", 4, 1.0, False),
     ],
 )
 def test_a_resumed_run_ends_as_an_uninterrupted_one_and_its_policy_loads(
@@ -1100,7 +1111,7 @@ def test_the_phases_of_a_run(tmp_path, monkeypatch, capsys):
     for name in ("fit_ensemble", "fit_terminal", "model_report"):
         spy(mopo, name)
     for name in ("rollout", "update", "diagnose"):
-        spy(mopo.MOPO, name)
+        spy(mopo.Agent, name)
     flags = {"steps": 8, "log_every": 8, "eval_episodes": 0, "seed": 3}
     mopo.main(Args(**(SMALL | flags), out_dir=str(tmp_path)))
     names = ["fit_ensemble", "fit_terminal", "model_report"]

@@ -787,7 +787,7 @@ def test_the_command_line_gives_the_flags_to_main(file, monkeypatch):
 @pytest.mark.parametrize("file", TRAINING)
 def test_every_number_has_a_range_that_the_message_names(file):
     """NaN and infinity lie in none; the bounds themselves do; counts are whole."""
-    Args, check = module(file).Args, module(file).check_flags
+    Args, check = module(file).Args, module(file).start
     numbers = [f for f in fields(Args) if re.search("int|float", str(f.type))]
     assert len(numbers) > 8
     for field in numbers:
