@@ -1,86 +1,115 @@
-"""The first picture of the README: what the critic believes and what the policy earns, over
-training, of naive Q-learning, CQL and IQL on narrow data (cartpole/expert, no action noise).
+"""The pictures of the README, docs/NAME-light.svg and NAME-dark.svg, drawn from the CSV files in
+benchmarks/data alone.
 
-  python benchmarks/figures.py            runs what benchmarks/curves.csv lacks, then draws docs/
+  pip install -r benchmarks/requirements.txt
+  python benchmarks/figures.py                    all of them
+  python benchmarks/figures.py ope online         some
 """
 
-import contextlib
 import csv
-import importlib
-import io
-import os
 import sys
 from pathlib import Path
 
 import altair as alt
 
 ROOT = Path(__file__).parent.parent
-CSV = ROOT / "benchmarks/curves.csv"
-COLUMNS = ["method", "seed", "update", "return_mean", "q_policy"]
-METHODS = {  # name: file, flags, colour (colour-blind safe, Okabe and Ito)
-    "naive Q-learning": ("cql", {"alpha": 0.0}, "#D55E00"),
-    "CQL": ("cql", {}, "#0072B2"),
-    "IQL": ("iql", {"steps": 4_000, "reward_scale": 1.0}, "#009E73"),
+COLOURS = {  # of a method in all pictures; after Okabe and Ito, who can be told apart by everybody
+    "BC": "#888888",
+    "%BC": "#56B4E9",
+    "naive Q-learning": "#D55E00",
+    "CQL": "#0072B2",
+    "IQL": "#009E73",
+    "AWAC": "#E69F00",
+    "BCQ": "#CC79A7",
+    "MOPO": "#B5A000",
 }
-SEEDS = (100, 101, 102)
-HIGHEST = 100.0  # reward 1, discount 0.99: no return is larger
+LINE = {"symbolType": "stroke", "symbolStrokeWidth": 3, "symbolSize": 400}  # in legends
+INK = {"light": "#222222", "dark": "#dddddd"}
 
 
-def run(method, seed):
-    """Rows of one training run, evaluated every 100 updates over 10 episodes."""
-    name, flags, _ = METHODS[method]
-    module = importlib.import_module(name)
-    often = {"log_every": 100, "eval_every": 100, "eval_episodes": 100}
-    flags = {"dataset_id": ("cartpole/expert-v0",), "seed": seed, **often, **flags}
-    folder = f"runs/figures/{name}-{seed}-{flags.get('alpha', 1)}"
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        module.main(module.Args(out_dir=folder, **flags))
-    metrics = max(Path(folder).glob("*/metrics.csv"), key=os.path.getmtime)
-    with open(metrics) as file:
-        for row in csv.DictReader(file):
-            yield [method, seed, row["step"], row["return_mean"], row["q_policy"]]
-
-
-def main():
-    sys.path.insert(0, str(ROOT))
-    rows = list(csv.reader(open(CSV)))[1:] if CSV.exists() else []
-    done = {(row[0], int(row[1])) for row in rows}
-    for method, seed in ((m, s) for s in SEEDS for m in METHODS if (m, s) not in done):
-        print(f"{method}, seed {seed}", flush=True)
-        rows += [list(map(str, row)) for row in run(method, seed)]
-        with open(CSV, "w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
-    (ROOT / "docs").mkdir(exist_ok=True)
-    for theme, ink in (("light", "#222222"), ("dark", "#dddddd")):
-        draw(rows, ink).save(ROOT / f"docs/extrapolation-{theme}.svg")
-
-
-def draw(rows, ink):
-    """Lines are means over the seeds, bands their whole range."""
-    data = alt.Data(values=[dict(zip(COLUMNS, row, strict=True)) for row in rows])
-    order, colours = list(METHODS), [colour for *_, colour in METHODS.values()]
-    x = alt.X("update:Q", title="gradient updates")
-    colour = alt.Color("method:N", title=None, scale=alt.Scale(domain=order, range=colours))
-
-    def panel(field, title, scale):
-        base = alt.Chart(data, width=340, height=230)
-        y = alt.Y(f"mean({field}):Q", title=title, scale=scale)
-        band = alt.Y(f"min({field}):Q", title=title, scale=scale), alt.Y2(f"max({field}):Q")
-        area = base.mark_area(opacity=0.2).encode(x, *band, colour)
-        return area + base.mark_line(strokeWidth=2.5).encode(x, y, colour)
-
-    rule = alt.Chart(alt.Data(values=[{"y": HIGHEST}])).mark_rule(strokeDash=[5, 4], color=ink)
-    rule = rule.encode(alt.Y("y:Q"))
+def extrapolation(ink):
+    """What naive Q-learning, CQL and IQL believe, and what they earn."""
+    data, x = read("curves"), alt.X("update:Q", title="gradient updates")
+    colour = of_method(data)
+    rule = alt.Chart(alt.Data(values=[{"y": 100}])).mark_rule(strokeDash=[5, 4], color=ink)
+    rule = rule.encode(alt.Y("y:Q"))  # reward 1, discount 0.99: no return is larger
     label = "Q(s, pi(s)), dashed: the largest possible return"
-    believed = panel("q_policy", label, alt.Scale(type="symlog", constant=10)) + rule
-    earned = panel("return_mean", "true return of the policy", alt.Scale(domain=[0, 500]))
-    chart = (believed | earned).configure(background="transparent", font="sans-serif")
+    log = alt.Scale(type="symlog", constant=10)
+    believed = curves(data, x, "q_policy", label, colour, log) + rule
+    scale = alt.Scale(domain=[0, 500])
+    earned = curves(data, x, "return_mean", "true return of the policy", colour, scale)
+    size = {"width": 340, "height": 230}
+    return believed.properties(**size) | earned.properties(**size)
+
+
+def online(ink):
+    """A panel for each dataset, the same online learner in all of them."""
+    order, rows = ["random", "medium", "mixed", "expert"], read("online")
+    every = [
+        {**row, "dataset": f"cartpole/{dataset}"}
+        for row in rows
+        for dataset in order
+        if row["dataset"] in ("none", dataset)
+    ]
+    names, colours = ["online", "offline", "offline, then online"], [ink, *2 * [COLOURS["IQL"]]]
+    colour = alt.Color("learner:N", title=None, scale=alt.Scale(domain=names, range=colours))
+    dashes = alt.Scale(domain=names, range=[[1, 0], [1, 0], [5, 3]])
+    x = alt.X("step:Q", title="gradient updates", axis=alt.Axis(values=[0, 4000, 8000]))
+    scale = alt.Scale(domain=[0, 500])
+    chart = curves(None, x, "return_mean", "return", colour, scale)
+    chart = chart.encode(alt.StrokeDash("learner:N", title=None, scale=dashes))
+    chart = chart.properties(width=165, height=170)
+    column = alt.Column("dataset:N", title=None, sort=[f"cartpole/{name}" for name in order])
+    return chart.properties(data=alt.Data(values=every)).facet(column=column)
+
+
+def curves(data, x, field, title, colour, scale):
+    """Lines are means over the seeds, bands their whole range."""
+    base = alt.Chart(alt.Data(values=data) if data else alt.Undefined)
+    y = alt.Y(f"mean({field}):Q", title=title, scale=scale)
+    band = alt.Y(f"min({field}):Q", title=title, scale=scale), alt.Y2(f"max({field}):Q")
+    area = base.mark_area(opacity=0.2).encode(x, *band, colour)
+    return area + base.mark_line(strokeWidth=2.5).encode(x, y, colour)
+
+
+def of_method(rows):
+    """The colour encoding of the methods that the rows have."""
+    names = [name for name in COLOURS if name in {row["method"] for row in rows}]
+    scale = alt.Scale(domain=names, range=[COLOURS[name] for name in names])
+    return alt.Color("method:N", title=None, scale=scale)
+
+
+def read(name):
+    """Rows of benchmarks/data/NAME.csv, numbers as such."""
+
+    def number(x):
+        try:
+            return float(x)
+        except ValueError:
+            return x
+
+    with open(ROOT / f"benchmarks/data/{name}.csv") as file:
+        return [{key: number(x) for key, x in row.items()} for row in csv.DictReader(file)]
+
+
+def save(name, theme):
+    ink = INK[theme]
+    chart = globals()[name](ink).configure(background="transparent", font="sans-serif")
     chart = chart.configure_axis(
         labelColor=ink, titleColor=ink, domainColor=ink, tickColor=ink, gridOpacity=0.15
     )
-    legend = {"orient": "top", "labelColor": ink, "labelFontSize": 13, "symbolOpacity": 1}
-    return chart.configure_legend(**legend).configure_view(stroke=None)
+    chart = chart.configure_legend(
+        orient="top", labelColor=ink, titleColor=ink, labelFontSize=13, symbolOpacity=1, **LINE
+    )
+    chart = chart.configure_header(labelColor=ink, labelFontSize=12, titleColor=ink)
+    chart = chart.configure_title(color=ink).configure_view(stroke=None)
+    chart.save(ROOT / f"docs/{name}-{theme}.svg")
 
+
+FIGURES = ["extrapolation", "online"]
 
 if __name__ == "__main__":
-    main()
+    (ROOT / "docs").mkdir(exist_ok=True)
+    for figure in sys.argv[1:] or FIGURES:
+        for theme in INK:
+            save(figure, theme)
