@@ -68,7 +68,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import combinations, pairwise, product
+from itertools import combinations, count, pairwise, product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, NamedTuple
@@ -92,9 +92,7 @@ __version__ = "2.0.0"
 class Args:
     # What to evaluate, and on what
     run: UseAppendAction[tuple[str, ...]] = ()  # a run's folder, whose code is executed: trust it
-    policy: UseAppendAction[
-        tuple[str, ...]
-    ] = ()  # FILE.py:NAME: obs -> probabilities or Distribution
+    policy: UseAppendAction[tuple[str, ...]] = ()  # FILE.py:NAME, a function of observations
     policy_mode: Literal["stochastic", "deterministic"] = "stochastic"  # draws, or the likeliest
     dataset_id: tuple[str, ...] = ()  # Minari or built-in ids, mixed if several
     env_id: str | None = None  # environment of the evaluation; default: the one of the dataset
@@ -127,36 +125,34 @@ def main(args: Args) -> dict:
         data, policies = example(args)
     make_env = find_env(data, args.env_id) if args.verify else None
     torch.manual_seed(args.seed)
-    log = Log(data, args)
-    reports = []
+    log, reports = Log(data, args), {}
     for policy in policies:
-        report = evaluate_policy(policy, log, args)
+        report = reports[policy.name] = evaluate_policy(policy, log, args)
         if make_env:
             report.truth = true_value(policy, make_env, args.verify_episodes, log)
         print_report(report)
-        reports.append(report)
     if len(reports) > 1:
-        print_ranking(reports)
-    return {report.name: report for report in reports}
+        print_ranking(reports.values())
+    return reports
 
 
 def evaluate_policy(policy, log, args):
     """All estimates of a policy's value -> Report."""
     torch.manual_seed(args.seed)  # the same numbers whichever policy comes first
-    q, v, members = cross_fitted(log, policy, fit_q(log, policy, log.fold, args))
-    model_returns = log.model.rollout(log, policy)
-    if not (np.isfinite(members).all() and np.isfinite(model_returns).all()):
-        raise UserError(f"{policy.name}: FQE or the model diverged; a smaller --lr may help")
-    report = Report(policy.name, log, policy.seen, policy.no_density)
-    if not policy.no_density:
+    q, v, members = fqe(log, policy, log.seen, args)
+    model_returns = log.model_returns(policy)
+    finite = np.isfinite(members).all() and np.isfinite(model_returns).all()
+    require(finite, f"{policy.name}: FQE or the model diverged; a smaller --lr may help")
+    report = Report(policy.name, log, policy.seen, policy.problem)
+    IS, DR, MAGIC = (
+        partial(f, gamma=log.gamma) for f in (importance_sampling, doubly_robust, magic)
+    )
+    if not policy.problem:
         log_pi = policy.log_prob(log.obs, log.transitions.action)
-        ratio = log.ratio(log_pi, log.behavior_log_prob)
+        ratio, ris_ratio = (log.ratio(log_pi, x) for x in (log.log_pi_b, log.estimated_log_pi_b))
         report.weights = weights = weight_summary(ratio)
         report.problem = weight_problem(weights)
     if report.weights and weights.sizes[-1] > 0:
-        IS, DR = (partial(f, gamma=log.gamma) for f in (importance_sampling, doubly_robust))
-        MAGIC = partial(magic, gamma=log.gamma)
-        ris_ratio = log.ratio(log_pi, log.estimated_log_prob)
         for name, estimator, *arrays in (
             ("IS", IS, ratio),
             ("PDIS", partial(IS, per_decision=True), ratio),
@@ -167,13 +163,13 @@ def evaluate_policy(policy, log, args):
             ("WDR", partial(DR, weighted=True), ratio, q, v),
             ("MAGIC", MAGIC, ratio, q, v),
         ):
-            estimate = bootstrap(estimator, log, log.reward, *arrays, df=weights.sizes[-1] - 1)
             doubt = "rare large weights may be missing" if name in ("IS", "PDIS") else ""
+            estimate = bootstrap(estimator, log, log.reward, *arrays, df=weights.sizes[-1] - 1)
             report.estimates[name] = estimate._replace(doubt=report.problem or doubt)
         report.bounds = lower_bounds(log, ratio, report.problem)
     report.estimates["FQE"] = fqe_estimate(members, log)
     only_starts = "knows only how the first states differ, nothing of the model's error"
-    report.estimates["model"] = bootstrap(mean, log, model_returns)._replace(doubt=only_starts)
+    report.estimates["model"] = bootstrap(np.matmul, log, model_returns)._replace(doubt=only_starts)
     return report
 
 
@@ -202,54 +198,44 @@ class Estimate(NamedTuple):
 
 
 # ---- Estimators. reward and ratio (n, T): after the end of an episode reward 0 and ratio 1, which
-# carries its weight on. p is the share of each episode: (n,), by default 1/n, or (B, n) for B
-# resamples at once, so that a bootstrap is a matrix product.
+# carries its weight on. p is the share of each episode, 1/n (n,), or that in each of B resamples
+# (B, n), for as many estimates at once: a bootstrap is a matrix product.
 
 
-def importance_sampling(reward, ratio, gamma, per_decision=False, weighted=False, p=None):
+def importance_sampling(p, reward, ratio, gamma, per_decision=False, weighted=False):
     """(1)-(4). Unweighted: unbiased if the ratios are exact and pi_b > 0 wherever pi > 0."""
-    p = equal_shares(reward) if p is None else p
     w, r = step_weights(ratio, weighted), reward * gamma ** np.arange(reward.shape[1])
     if not per_decision:  # an episode becomes one step: its whole weight, its return
         w, r = w[:, -1:], r.sum(1, keepdims=True)
     return (p @ (w * r) / (p @ w if weighted else 1)).sum(-1)
 
 
-def doubly_robust(reward, ratio, q, v, gamma, weighted=False, p=None):
+def doubly_robust(p, reward, ratio, q, v, gamma, weighted=False):
     """(6), (7) for q (n, T) at the logged actions and v (n, T + 1), both 0 after the end; where a
     log is merely cut, v at the cut may value the rest. Unbiased if ratio or q is exact."""
-    p = equal_shares(reward) if p is None else p
     w, delta = step_weights(ratio, weighted), reward - q + gamma * v[:, 1:]
     terms = p @ (w * delta) / (p @ w if weighted else 1)  # (T,) or (B, T)
     return p @ v[:, 0] + terms @ gamma ** np.arange(delta.shape[1])
 
 
-def magic(reward, ratio, q, v, gamma, steps=None, p=None):
+def magic(p, reward, ratio, q, v, gamma, steps=None):
     """(8): trusts Q up to the step that the data can correct. `steps`: the j to choose from; (-1,)
     is the direct method, (T - 1,) is (7)."""
-    p = equal_shares(reward) if p is None else p
     if p.ndim == 2:
-        return np.array([magic(reward, ratio, q, v, gamma, steps, row) for row in p])
+        return np.array([magic(row, reward, ratio, q, v, gamma, steps) for row in p])
     n, T = reward.shape
     w, delta = step_weights(ratio, True), reward - q + gamma * v[:, 1:]
     terms = w / (p @ w) * delta * gamma ** np.arange(T)
     steps = np.unique(np.linspace(-1, T - 1, 25).astype(int)) if steps is None else steps
-    each = np.column_stack([v[:, 0], terms]).cumsum(1)[:, np.add(steps, 1)]  # (n, J), p @ each is g
-    g, wdr = p @ each, p @ (v[:, 0] + terms.sum(1))
-    omega = ((p[:, None] * (each - g)).T @ (each - g)) / (n - 1)
+    each = np.column_stack([v[:, 0], terms]).cumsum(1)[:, np.add(steps, 1)]  # (n, J)
+    whole = v[:, 0] + terms.sum(1)
+    g, wdr = p @ each, p @ whole
     if not np.isfinite(wdr):  # a resample without overlap
         return np.nan
-    half = 0.6745 * np.sqrt(p @ (v[:, 0] + terms.sum(1) - wdr) ** 2 / (n - 1))  # D3
+    omega = ((p[:, None] * (each - g)).T @ (each - g)) / (n - 1)
+    half = 0.6745 * np.sqrt(p @ (whole - wdr) ** 2 / (n - 1))  # D3
     b = np.abs(g - g.clip(wdr - half, wdr + half))
     return simplex_argmin(omega + np.outer(b, b)) @ g
-
-
-def mean(x, p=None):
-    return x.mean() if p is None else p @ x
-
-
-def equal_shares(reward):
-    return np.full(len(reward), 1 / len(reward))
 
 
 def step_weights(ratio, weighted=False):
@@ -283,13 +269,148 @@ def simplex_argmin(a):
     return y / y.sum()
 
 
+# ---- The networks of FQE, the model and pi_b
+
+
+def train(net, loss, rows, args, held_out=None):
+    """Minimises loss(i) over random transitions i (E, N), those of member e out of rows[e]; with
+    rows held_out (1, H), `net` ends as it was when the loss of those was lowest."""
+    optimizer, best, lowest = Adam(net.parameters(), args.lr, args.steps), None, math.inf
+    for update in range(1, args.steps + 1):
+        i = [x[torch.randint(len(x), (args.batch_size,), device=x.device)] for x in rows]
+        step(optimizer, loss(torch.stack(i)))
+        if held_out is not None and (update % 100 == 0 or update == args.steps):
+            with torch.no_grad():
+                now = loss(held_out).item()
+            if not now >= lowest:  # also when none are held out: NaN
+                best, lowest = deepcopy(net.state_dict()), now
+    if best:
+        net.load_state_dict(best)
+
+
+class QNetwork:
+    """E members side by side: obs (E, N, O), action (E, N, A), h (E, N) -> Q_h(s, a) (E, N)."""
+
+    def __init__(self, members, log, args):
+        annuity = np.append(0, (log.gamma ** np.arange(log.horizon)).cumsum())  # of h = 0, 1, ...
+        per_step = log.returns / annuity[-1]  # D4
+        self.center, self.scale = float(per_step.mean()), float(per_step.std(ddof=1)) or 1.0
+        self.annuity, self.standardize = log.obs.new_tensor(annuity), log.standardize
+        sizes = log.obs.shape[1] + log.action.shape[1] + 2, *args.hidden, 1
+        self.net = MLP(members, *sizes).to(log.obs.device)
+
+    def __call__(self, obs, action, h):
+        annuity = self.annuity[h]
+        left = torch.stack([annuity / self.annuity[-1], 1 / annuity.clamp(min=1)], -1)
+        x = torch.cat([self.standardize(obs), action, left], -1)
+        return annuity * (self.center + self.scale * self.net(x)[..., 0])
+
+    def value(self, obs, action, weight, h):
+        """V_h(s) = E_{a~pi} Q_h(s, a): action (E, N, K, A), its weight (E, N, K) -> (E, N)."""
+        E, N, K = weight.shape
+        obs, h = (x.repeat_interleave(K, 1) for x in (obs, h))
+        return (weight * self(obs, action.flatten(1, 2), h).view(E, N, K)).sum(-1)
+
+
+def fqe(log, policy, seen, args):
+    """(9) by a member for each column of seen (n, E), which learns from the episodes that are true
+    there. Q (n, T) and V (n, T + 1), the mean of the members that have not seen the episode [D2], 0
+    after its end; V_T(s_0) (n, E) of every member."""
+    E, reward, terminal = seen.shape[1], log.transitions.reward, log.transitions.terminal
+    next_action, next_weight = policy.support(log.next_obs)  # (M, K, A), (M, K)
+    critic = QNetwork(E, log, args)
+
+    def loss(i):
+        h, y = torch.randint(1, log.horizon + 1, i.shape, device=i.device), reward[i]
+        if log.horizon > 1:  # else V_0 = 0, and a bandit with many actions would wait for nothing
+            with torch.no_grad():
+                v = critic.value(log.next_obs[i], next_action[i], next_weight[i], h - 1)
+            y = y + log.gamma * (1 - terminal[i]) * v
+        error = (critic(log.obs[i], log.action[i], h) - y) / (critic.annuity[h] * critic.scale)
+        assert error.shape == i.shape
+        return (error**2).mean(1).sum()
+
+    train(critic.net, loss, [torch.nonzero(x[log.episode])[:, 0] for x in seen.T], args)
+
+    @torch.no_grad()
+    def of_all(f, *arrays):  # f (M, E), by every member
+        return chunked(lambda *x: f(*(y.expand(E, *y.shape) for y in x)).T, *arrays).double()
+
+    h = (log.horizon - log.step).clamp(min=0)  # beyond the horizon: 0 steps to go, not used
+    q = of_all(critic, log.obs, log.action, h)
+    v = of_all(critic.value, log.obs, *policy.support(log.obs), h)
+    unseen, first = ~seen[log.episode], v[log.first].cpu().numpy()
+    q, v = (log.padded((x * unseen).sum(1).div(E / 2).cpu().numpy()) for x in (q, v))
+    return q, np.pad(v, ((0, 0), (0, 1))), first
+
+
+def fit_model(log, args):
+    """(10) -> a function of a policy: its discounted returns (n,) from the logged first states, in
+    mean steps within the range of the data. Logs without ends teach none."""
+    reward, terminal = log.transitions.reward, log.transitions.terminal
+    change = torch.cat([log.next_obs - log.obs, reward[:, None]], 1)  # (M, O + 1)
+    (mean, std), low, high = moments(change), log.next_obs.amin(0), log.next_obs.amax(0)
+    target, inputs = (change - mean) / std, log.obs.shape[1] + log.action.shape[1]
+    net = MLP(1, inputs, *args.hidden, change.shape[1] + 1).to(change.device)
+
+    def predict(obs, action):  # standardised s' - s and r (N, O + 1), logit of P(terminal) (N,)
+        y = net(torch.cat([log.standardize(obs), action], -1))[0]
+        return y[:, :-1], y[:, -1]
+
+    def loss(i):
+        predicted, logit = predict(log.obs[i[0]], log.action[i[0]])
+        error, ended = predicted - target[i[0]], terminal[i[0]]
+        return (error**2).mean() + F.binary_cross_entropy_with_logits(logit, ended)
+
+    train(net, loss, [torch.arange(len(change), device=change.device)], args)
+
+    @torch.no_grad()
+    def returns(policy):
+        obs, value, alive = log.obs[log.first], 0.0, 1.0  # alive: the chance that none has ended
+        for t in range(log.horizon):
+            predicted, logit = predict(obs, log.vector(policy.sample(obs)))
+            change = predicted * std + mean
+            value = value + log.gamma**t * alive * change[:, -1].double()
+            alive = alive * (1 - logit.double().sigmoid() * terminal.max())
+            obs = (obs + change[:, :-1]).clamp(low, high)
+        return value.cpu().numpy()
+
+    return returns
+
+
+def fit_behavior(log, args):
+    """pi_b, estimated by maximum likelihood, as a policy, and its log pi_b(a|s) of the logged
+    actions (M,), in network units. Stopped early, by a tenth of the episodes [D1]."""
+    A, action, n = log.action.shape[1], log.transitions.action, log.n
+    sizes = log.obs.shape[1], *args.hidden, A if log.units.discrete else 5 * (1 + 2 * A)
+    net = MLP(1, *sizes).to(log.obs.device)
+
+    def pi(obs):
+        y = net(log.standardize(obs))[0]
+        if log.units.discrete:
+            return Categorical(logits=y)
+        logits, mean, log_std = y.split([5, 5 * A, 5 * A], 1)  # logs of several policies, or of one
+        mean, log_std = (x.view(-1, 5, A) for x in (mean, log_std))  # with noise, are no Gaussian
+        return BoxLaw(mean, log_std.clamp(-5, 2).exp(), logits)
+
+    def loss(i):
+        return -pi(log.obs[i[0]]).log_prob(action[i[0]]).mean()
+
+    held_out = (torch.randperm(n, device=action.device) < n // 10)[log.episode]
+    train_rows, held_out = torch.nonzero(~held_out)[:, 0], torch.nonzero(held_out)[:, 0]
+    train(net, loss, [train_rows], args, held_out[None])
+    policy = Target("the logged policy", pi, log.units, args)
+    return policy, policy.log_prob(log.obs, action)
+
+
 # ---- How each goes wrong: intervals, weights, bounds
 
 
 def bootstrap(estimator, log, *arrays, df=math.inf):
     """Estimate with the intervals of resampled episodes. df: the effective sample size less 1."""
+    p = np.full(len(log.returns), 1 / len(log.returns))
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # 0 / 0: no overlap
-        value, draws = estimator(*arrays), estimator(*arrays, p=log.resamples)
+        value, draws = estimator(p, *arrays), estimator(log.resamples, *arrays)
         gain, gains = value - log.returns.mean(), draws - log.resamples @ log.returns
         return Estimate(*interval(value, draws, df), interval(gain, gains, df))
 
@@ -315,30 +436,28 @@ def t_quantile(level, df):
 
 
 def fqe_estimate(members, log):
-    """J of (9), the mean of V_T(s_0) (n, 4, 2). The halves of a pair are independent: half the
+    """J of (9), the mean of V_T(s_0) (n, E). The halves of a pair are independent: half the
     difference d of what two members say is as large as the error of all episodes together. So the
     variance is the mean of d^2 over the 4 pairs, plus that of the first states; of the gain over
     the logged policy, where a half's own first states and returns are paired, mean d^2 alone."""
-    d = (members[..., 0] - members[..., 1]).mean(0) / 2  # (4,)
-    fold, gains = log.fold.cpu().numpy(), members - log.returns[:, None, None]
-    seen = np.stack([fold == 0, fold == 1], -1)  # (n, 4, 2)
-    seen_gain = (gains * seen).sum(0) / seen.sum(0)  # (4, 2)
-    d_gain = (seen_gain[:, 0] - seen_gain[:, 1]) / 2
-    variance = (d**2).mean() + members.mean((1, 2)).var(ddof=1) / log.n, (d_gain**2).mean()
-    half, half_gain = t_quantile(0.975, 4) * np.sqrt(variance)
+
+    def mean_square(x):  # of d, for x (E,)
+        return (((x[0::2] - x[1::2]) / 2) ** 2).mean()
+
+    gains, seen = members - log.returns[:, None], log.seen.cpu().numpy()
+    variance = mean_square(members.mean(0)) + members.mean(1).var(ddof=1) / log.n
+    variance_gain = mean_square((gains * seen).sum(0) / seen.sum(0))
+    half, half_gain = t_quantile(0.975, 4) * np.sqrt([variance, variance_gain])
     value, gain = members.mean(), gains.mean()
     return Estimate(value, value - half, value + half, (gain, gain - half_gain, gain + half_gain))
 
 
 class Weights(NamedTuple):
-    """Of w_{T-1}: the mean, 1 if pi_b is right and covers pi; its standard error; the share of the
-    largest in the sum, and of the episodes where it is not 0. Of w_t: the effective sample size."""
-
-    mean: float
-    error: float
-    largest: float
-    nonzero: float
-    sizes: np.ndarray  # (T,)
+    mean: float  # of w_{T-1}: 1 if pi_b is right and covers pi
+    error: float  # its standard error
+    largest: float  # share of the largest in the sum
+    nonzero: float  # share of the episodes where it is not 0
+    sizes: np.ndarray  # effective sample sizes of w_t (T,)
 
 
 def weight_summary(ratio):
@@ -396,8 +515,9 @@ def lower_bounds(log, ratio, problem):
     """{name: 95% lower bound of J}, from (2). Contributions must be >= 0: rewards are shifted by
     the lowest that can occur, which is taken back as E[w_t] = 1."""
     lowest, known = log.args.lowest_reward, log.reward.min()
-    if lowest is not None and lowest > known:
-        raise UserError(f"--lowest-reward {lowest}: the logs have {known:.4g}")
+    require(
+        lowest is None or lowest <= known, f"--lowest-reward {lowest}: the logs have {known:.4g}"
+    )
     unknown = f", if no reward is below {known:.4g}, the lowest logged one" * (lowest is None)
     lowest = min(0.0, known if lowest is None else lowest)  # 0 is what is earned after the end
     discounts = log.gamma ** np.arange(log.horizon)
@@ -408,303 +528,6 @@ def lower_bounds(log, ratio, problem):
     if log.n >= 40 and np.isfinite(x).all():
         bounds[f"HCOPE{unknown}"] = hcope_bound(x) + shift
     return bounds
-
-
-# ---- The logs
-
-
-class Log:
-    """n logged episodes: M transitions for the networks, arrays (n, T) for the estimators; and what
-    is learned once for all policies."""
-
-    def __init__(self, data, args):
-        self.units, self.transitions, self.episode = data.units, data.transitions, data.episode
-        self.obs, self.next_obs = data.transitions.obs, data.transitions.next_obs
-        self.action, self.gamma, self.args = self.vector(data.transitions.action), args.gamma, args
-        length = torch.bincount(data.episode)
-        start = length.cumsum(0) - length
-        self.n, self.device = len(length), length.device
-        self.step = torch.arange(len(self.obs), device=self.device) - start[data.episode]  # (M,)
-        terminated = data.transitions.terminal[start + length - 1] == 1
-        lengths = length.cpu().numpy(), terminated.cpu().numpy()
-        self.horizon, self.notes = known_steps(*lengths, args.horizon)
-        t = torch.arange(self.horizon, device=self.device)
-        self.inside = (t < length[:, None]).cpu().numpy()  # (n, T)
-        self.index = (start[:, None] + t).clamp(max=len(self.obs) - 1)
-        self.reward = self.padded(data.transitions.reward.double().cpu().numpy())
-        self.returns = self.reward @ self.gamma ** np.arange(self.horizon)  # (n,)
-        rng = np.random.default_rng(args.seed)
-        self.resamples = (
-            rng.multinomial(self.n, np.full(self.n, 1 / self.n), args.resamples) / self.n
-        )
-        print(f"{self.n} episodes: in T = {self.horizon} steps, discounted by {self.gamma}, the "
-              f"logged policy earned {self.returns.mean():.4g}")  # fmt: skip
-        if self.n < 2:
-            raise UserError("at least two episodes are needed")
-        self.fold = torch.stack([torch.randperm(self.n) % 2 for _ in range(4)], 1).to(self.device)
-        self.behavior, self.estimated_log_prob = fit_behavior(self, args)
-        self.behavior_log_prob = self.known_log_prob(data.behavior_log_prob)
-        self.model = WorldModel(self, args).to(self.device).fit(self, args)
-        self.errors = errors_on_logged(self, args)
-
-    def vector(self, action):
-        """Actions as networks take them in: (M, A), one-hot for Discrete."""
-        return F.one_hot(action, self.units.action_dim).float() if self.units.discrete else action
-
-    def padded(self, x, after=0.0):
-        """(M,) -> (n, T)"""
-        return np.where(self.inside, x[self.index.cpu().numpy()], after)
-
-    def ratio(self, log_pi, log_behavior):
-        """(n, T), 1 after the end; a single one above 1e304 is cut to that."""
-        return np.exp(self.padded(np.minimum(log_pi - log_behavior, 700)))
-
-    def known_log_prob(self, logged):
-        """log pi_b (M,) in network units: as logged, where it was, else estimated."""
-        if not self.units.discrete:  # a density per unit of the environment -> per unit of [-1, 1]
-            logged = logged + self.units.half_range.log().sum().item()
-            edge = (self.transitions.action.abs() >= EDGE).any(1).cpu().numpy()
-            logged = np.where(edge, np.nan, logged)  # D6: a mass, whatever has been logged
-        wrong = (logged == -np.inf) | (self.units.discrete & (logged > 1e-6))
-        if wrong.any():
-            i = wrong.argmax()
-            what = "zero probability of" if logged[i] < 0 else "a probability above 1 for"
-            raise UserError(f"episode {self.episode[i].item()}, step {self.step[i].item()}: "
-                            f"behavior_log_prob gives {what} the logged action")  # fmt: skip
-        missing = np.isnan(logged).mean()
-        note = f"behaviour policy estimated from the data for {missing:.0%} of the steps"
-        self.notes.append(note if missing else "behaviour policy as logged")
-        if self.args.run and self.args.policy_mode == "stochastic":
-            self.notes.append("judged is the policy that draws its actions; the training files "
-                              "report the deterministic one")  # fmt: skip
-        return np.where(np.isnan(logged), self.estimated_log_prob, logged)
-
-
-def known_steps(length, terminated, horizon):
-    """T, and notes on it. After the end of a terminated episode nothing is earned; after that of a
-    truncated one nobody knows, so that none may be shorter than T."""
-    cut, notes = np.where(terminated, length.max() + 1, length), []
-    known = min(cut.min(), length.max())
-    T, episode, longer = horizon or known, cut.argmin(), min([*sorted(cut)[1:2], length.max()])
-    where = f"episode {episode} was truncated after {known} steps"
-    if not terminated.all() and T > known:
-        raise UserError(
-            f"--horizon {horizon}: {where}, its rest is unknown; --horizon {known} at most"
-        )
-    if not horizon and longer > known:
-        notes.append(f"T = {T}, as {where}; without it, T would be {longer}")
-    if terminated.all() and (length == length[0]).all() and T > 1:
-        notes.append(f"all episodes terminate after exactly {known} steps: if that is a time limit "
-                     "log truncations, or FQE and the model are wrong")  # fmt: skip
-    return int(T), notes
-
-
-def errors_on_logged(log, args):
-    """{"FQE", "model": by how much they miss what the logged policy, as estimated, has earned}."""
-    critic = fit_q(log, log.behavior, log.fold[:, :1], args)
-    said = {"FQE": cross_fitted(log, log.behavior, critic)[2].mean()}
-    said["model"] = log.model.rollout(log, log.behavior).mean()
-    return {name: x - log.returns.mean() for name, x in said.items()}
-
-
-# ---- FQE, the model, the behaviour policy
-
-
-class QNetwork(nn.Module):
-    """E members side by side. obs (E, N, O), action (E, N, A), h (E, N) -> Q_h(s, a) (E, N)."""
-
-    def __init__(self, members, log, args):
-        super().__init__()
-        discounts = log.gamma ** torch.arange(log.horizon, dtype=torch.float64)
-        annuity = F.pad(discounts.cumsum(0), (1, 0))  # 0, 1, 1 + gamma, ...: of h = 0, 1, 2, ...
-        self.register_buffer("annuity", annuity.float())
-        per_step = torch.as_tensor(log.returns) / annuity[-1]  # D4
-        self.register_buffer("center", per_step.mean().float())
-        self.register_buffer("scale", (per_step.std() or torch.tensor(1.0)).float())
-        self.standardize = Standardize(log.obs)
-        self.net = MLP(members, log.obs.shape[1] + log.action.shape[1] + 2, *args.hidden, 1)
-
-    def forward(self, obs, action, h):
-        annuity = self.annuity[h]
-        left = torch.stack([annuity / self.annuity[-1], 1 / annuity.clamp(min=1)], -1)
-        x = torch.cat([self.standardize(obs), action, left], -1)
-        return annuity * (self.center + self.scale * self.net(x)[..., 0])
-
-    def value(self, obs, action, weight, h):
-        """V_h(s) = E_{a~pi} Q_h(s, a): action (E, N, K, A), its weight (E, N, K) -> (E, N)."""
-        E, N, K = weight.shape
-        obs, h = (x.repeat_interleave(K, 1) for x in (obs, h))
-        return (weight * self(obs, action.flatten(1, 2), h).view(E, N, K)).sum(-1)
-
-
-def fit_q(log, policy, fold, args):
-    """(9) -> QNetwork with two members for each column of fold (n, P): the first learns from the
-    episodes with 0 there, the second from those with 1."""
-    halves = [torch.nonzero(x[log.episode] == k)[:, 0] for x in fold.T for k in (0, 1)]
-    next_action, next_weight = policy.support(log.next_obs)  # (M, K, A), (M, K)
-    reward, terminal = log.transitions.reward, log.transitions.terminal
-    critic = QNetwork(len(halves), log, args).to(log.device)
-    optimizer = Adam(critic.parameters(), args.lr, args.steps)
-    for _ in range(args.steps):
-        i = [x[torch.randint(len(x), (args.batch_size,), device=log.device)] for x in halves]
-        i = torch.stack(i)  # (E, N)
-        h = torch.randint(1, log.horizon + 1, i.shape, device=log.device)
-        y = reward[i]
-        if log.horizon > 1:  # else V_0 = 0, and a bandit with many actions would wait for nothing
-            with torch.no_grad():
-                v = critic.value(log.next_obs[i], next_action[i], next_weight[i], h - 1)
-                y = y + log.gamma * (1 - terminal[i]) * v
-        error = (critic(log.obs[i], log.action[i], h) - y) / (critic.annuity[h] * critic.scale)
-        assert error.shape == (len(halves), args.batch_size)
-        step(optimizer, (error**2).mean(1).sum())
-    return critic
-
-
-def cross_fitted(log, policy, critic):
-    """Q (n, T) and V (n, T + 1), the mean of the members that have not seen the episode [D2], 0
-    after its end; V_T(s_0) (n, P, 2) by every member."""
-    E = len(critic.net.bias[0])
-    h = (log.horizon - log.step).clamp(min=0)  # beyond the horizon: 0 steps to go, not used
-
-    def values(obs, vector, action, weight, h):  # (N, E, 2): Q and V of every member
-        obs, vector, action, weight, h = (
-            x.expand(E, *x.shape) for x in (obs, vector, action, weight, h)
-        )
-        both = critic(obs, vector, h), critic.value(obs, action, weight, h)
-        return torch.stack(both, -1).transpose(0, 1)
-
-    with torch.no_grad():
-        q_v = chunked(values, log.obs, log.action, *policy.support(log.obs), h).double()
-    q_v = q_v.unflatten(1, (-1, 2))  # (M, P, 2, Q and V)
-    fold = log.fold[:, : q_v.shape[1]][log.episode]
-    unseen = torch.stack([fold == 1, fold == 0], -1)  # (M, P, 2)
-    q, v = (q_v * unseen[..., None]).sum((1, 2)).div(E / 2).cpu().numpy().T
-    q, v, first = log.padded(q), log.padded(v), q_v[log.index[:, 0], ..., 1]
-    return q, np.pad(v, ((0, 0), (0, 1))), first.cpu().numpy()
-
-
-class WorldModel(nn.Module):
-    """(10): one network for s' - s, r and the logit of P(terminal)."""
-
-    def __init__(self, log, args):
-        super().__init__()
-        self.standardize, self.change = Standardize(log.obs), Standardize(self.changes(log))
-        self.low, self.high = log.next_obs.amin(0), log.next_obs.amax(0)
-        obs_dim, action_dim = log.obs.shape[1], log.action.shape[1]
-        self.net = MLP(1, obs_dim + action_dim, *args.hidden, obs_dim + 2)
-
-    def changes(self, log):
-        return torch.cat([log.next_obs - log.obs, log.transitions.reward[:, None]], 1)
-
-    def forward(self, obs, action):
-        """Standardised s' - s and r (N, O + 1), logit (N,)."""
-        y = self.net(torch.cat([self.standardize(obs), action], -1))[0]
-        return y[:, :-1], y[:, -1]
-
-    def fit(self, log, args):
-        optimizer = Adam(self.parameters(), args.lr, args.steps)
-        change = self.change(self.changes(log))
-        for _ in range(args.steps):
-            i = torch.randint(len(change), (args.batch_size,), device=log.device)
-            predicted, logit = self(log.obs[i], log.action[i])
-            error = predicted - change[i]
-            assert error.shape == change[i].shape and logit.shape == i.shape
-            ended = F.binary_cross_entropy_with_logits(logit, log.transitions.terminal[i])
-            step(optimizer, (error**2).mean() + ended)
-        return self
-
-    @torch.no_grad()
-    def rollout(self, log, policy):
-        """Discounted returns (n,) from the logged first states: mean steps within the range of the
-        data, rewards weighted by the probability that the path has not ended. Logs without ends
-        teach none."""
-        obs, value, alive = log.obs[log.index[:, 0]], 0.0, 1.0
-        for t in range(log.horizon):
-            predicted, logit = self(obs, log.vector(policy.sample(obs)))
-            change = predicted * self.change.std + self.change.mean
-            value = value + log.gamma**t * alive * change[:, -1].double()
-            alive = alive * (1 - logit.double().sigmoid() * log.transitions.terminal.max())
-            obs = (obs + change[:, :-1]).clamp(self.low, self.high)
-        return value.cpu().numpy()
-
-
-class Behavior(nn.Module):
-    """pi_b(.|s), estimated: a softmax (Discrete), or a mixture of five clipped Gaussians (Box), as
-    logs of several policies, or of one with added noise, are no single Gaussian."""
-
-    def __init__(self, log, args):
-        super().__init__()
-        self.discrete, A = log.units.discrete, log.action.shape[1]
-        self.standardize = Standardize(log.obs)
-        self.net = MLP(1, log.obs.shape[1], *args.hidden, A if self.discrete else 5 * (1 + 2 * A))
-
-    def forward(self, obs):
-        y = self.net(self.standardize(obs))[0]
-        if self.discrete:
-            return Categorical(logits=y)
-        logits, mean, log_std = y.tensor_split([5, 5 + (y.shape[1] - 5) // 2], 1)
-        mean, log_std = (x.view(len(y), 5, -1) for x in (mean, log_std))
-        return BoxLaw(mean, log_std.clamp(-5, 2).exp(), logits)
-
-
-class BoxLaw:
-    """The law of actions in [-1, 1] that are drawn from Gaussians (N, parts, A), mixed by logits
-    (N, parts), and then clipped, or squashed by tanh. All laws count actions beyond EDGE as at the
-    bound, where a law has no density but a mass [D6]: so ratios of any two average 1."""
-
-    def __init__(self, mean, std, logits, squash=False):
-        self.normal, self.logits, self.squash = Normal(mean, std), logits, squash
-
-    def sample(self):
-        part = Categorical(logits=self.logits).sample()
-        u = self.normal.sample()[torch.arange(len(part)), part]
-        return u.tanh() if self.squash else u.clamp(-1, 1)
-
-    def log_prob(self, action):
-        """(N, A) -> (N,): log density, at an edge log mass."""
-        action = action.clamp(-EDGE, EDGE)[:, None]
-        u, edge = (action.atanh(), math.atanh(EDGE)) if self.squash else (action, EDGE)
-        density = self.normal.log_prob(u) - (1 - action**2).log() * self.squash
-        beyond = (action.sign() * self.normal.mean - edge) / self.normal.stddev
-        log_prob = torch.where(action.abs() < EDGE, density, torch.special.log_ndtr(beyond))
-        return (self.logits.log_softmax(1) + log_prob.sum(-1)).logsumexp(1)
-
-
-EDGE = 0.99
-
-
-def fit_behavior(log, args):
-    """Maximum likelihood with early stopping on a tenth of the episodes -> pi_b as a policy, and
-    log pi_b (M,) of the logged actions, in network units."""
-    behavior, action = Behavior(log, args).to(log.device), log.transitions.action
-    held_out = (torch.randperm(log.n, device=log.device) < log.n // 10)[log.episode]
-    train, held_out = torch.nonzero(~held_out)[:, 0], torch.nonzero(held_out)[:, 0]
-    optimizer = Adam(behavior.parameters(), args.lr, args.steps)
-    best, best_loss = None, math.inf
-    for update in range(args.steps):
-        i = train[torch.randint(len(train), (args.batch_size,), device=log.device)]
-        log_prob = behavior(log.obs[i]).log_prob(action[i])
-        assert log_prob.shape == i.shape
-        step(optimizer, -log_prob.mean())
-        if update % 100 == 99 or update == args.steps - 1:
-            with torch.no_grad():
-                loss = -behavior(log.obs[held_out]).log_prob(action[held_out]).mean().item()
-            if not loss >= best_loss:  # also when no episode is held out: NaN
-                best, best_loss = deepcopy(behavior), loss
-    policy = Target("the logged policy", best, log.units, args)
-    return policy, policy.log_prob(log.obs, action)
-
-
-class Standardize(nn.Module):
-    """x less its mean, over its std in the data (M, I)."""
-
-    def __init__(self, data):
-        super().__init__()
-        self.register_buffer("mean", data.mean(0))
-        self.register_buffer("std", data.std(0, correction=0) + 1e-3)
-
-    def forward(self, x):
-        return (x - self.mean) / self.std
 
 
 # ---- What to believe
@@ -733,28 +556,27 @@ def verdict(report):
             "train on --dataset-id 'ID[:80%]' and judge by the rest"
         )
     slack = 0.02 * abs(log.returns.mean()) + 3 * log.returns.std() / math.sqrt(log.n)
-    voiceless = [name for name, x in log.errors.items() if not abs(x) <= slack]
-    lost = [f"{k} misses the logged policy by {log.errors[k]:+.3g}: no vote" for k in voiceless]
+    missed = {name: x for name, x in log.errors.items() if not abs(x) <= slack}
+    lost = [f"{name} misses the logged policy by {x:+.3g}: no vote" for name, x in missed.items()]
     if report.problem:
-        near = max(e["FQE"].low - e["model"].value, e["model"].value - e["FQE"].high)
-        if lost or near > 0.1 * log.returns.std():
-            lost = lost or ["FQE and the model disagree"]
+        outside = max(e["FQE"].low - e["model"].value, e["model"].value - e["FQE"].high)
+        if not lost and outside > 0.1 * log.returns.std():
+            lost = ["FQE and the model disagree"]
+        if lost:
             return f"{'; '.join([report.problem, *lost])}: believe none of these"
         return f"{report.problem}; FQE and the model agree: a hint, no more: FQE, {gain(e['FQE'])}"
-    votes = ["PDWIS", "WDR", *(["FQE"] if "FQE" not in voiceless else [])]
+    votes = ["PDWIS", "WDR"] if "FQE" in missed else ["PDWIS", "WDR", "FQE"]
     apart = [
         f"{a} and {b} disagree"
         for a, b in combinations(votes, 2)
         if max(e[a].low, e[b].low) > min(e[a].high, e[b].high)
     ]
-    ess = report.weights.sizes[-1]
+    ess, all_agree = report.weights.sizes[-1], "FQE" in votes and not apart
     found = [*lost, *apart] or ["PDWIS, WDR and FQE agree"]
     found = "; ".join([*found, f"effective sample size {ess:.0f} of {log.n}"])
-    if any("PDWIS and WDR" in pair for pair in apart) or (
-        ess < 50 and (apart or "FQE" not in votes)
-    ):
+    if "PDWIS and WDR disagree" in apart or not (ess >= 50 or all_agree):
         return f"{found}: believe none of these"
-    care = "" if ess >= 50 and not apart and "FQE" in votes else " with care"
+    care = "" if ess >= 50 and all_agree else " with care"
     return f"{found}: believe WDR{care}, {gain(e['WDR'])}"
 
 
@@ -765,16 +587,116 @@ def gain(estimate):
     return f"{line}; {word} than the logged policy ({low:+.3g} to {high:+.3g})"
 
 
+# ---- The logs
+
+
+class Log:
+    """n logged episodes: M transitions for the networks, arrays (n, T) for the estimators; and what
+    is learned once for all policies."""
+
+    def __init__(self, data, args):
+        self.units, self.transitions, self.episode = data.units, data.transitions, data.episode
+        self.obs, self.next_obs = data.transitions.obs, data.transitions.next_obs
+        self.action, self.gamma, self.args = self.vector(data.transitions.action), args.gamma, args
+        self.mean, self.std = moments(self.obs)
+        length = torch.bincount(data.episode)
+        self.n, self.first = len(length), length.cumsum(0) - length  # rows of the first steps (n,)
+        self.step = torch.arange(len(self.obs)).to(length) - self.first[data.episode]  # (M,)
+        terminated = data.transitions.terminal[self.first + length - 1].cpu().numpy() == 1
+        length = length.cpu().numpy()
+        self.horizon, self.notes = known_steps(length, terminated, args.horizon)
+        self.inside = np.arange(self.horizon) < length[:, None]  # (n, T)
+        self.reward = self.padded(data.transitions.reward.double().cpu().numpy())
+        self.returns = self.reward @ self.gamma ** np.arange(self.horizon)  # (n,)
+        print(f"{self.n} episodes: in T = {self.horizon} steps, discounted by {self.gamma}, the "
+              f"logged policy earned {self.returns.mean():.4g}")  # fmt: skip
+        require(self.n > 1, "at least two episodes are needed")
+        rng, p = np.random.default_rng(args.seed), np.full(self.n, 1 / self.n)
+        self.resamples = rng.multinomial(self.n, p, args.resamples) / self.n  # (B, n)
+        halves = [torch.randperm(self.n) % 2 == 0 for _ in range(4)]
+        seen = [x for half in halves for x in (half, ~half)]
+        self.seen = torch.stack(seen, 1).to(self.step.device)  # by each member of FQE (n, E)
+        self.behavior, self.estimated_log_pi_b = fit_behavior(self, args)
+        self.log_pi_b = self.known_log_prob(data.behavior_log_prob)
+        self.model_returns = fit_model(self, args)
+        self.errors = errors_on_logged(self, args)
+
+    def standardize(self, obs):
+        return (obs - self.mean) / self.std
+
+    def vector(self, action):
+        """Actions as networks take them in: (M, A), one-hot for Discrete."""
+        return F.one_hot(action, self.units.action_dim).float() if self.units.discrete else action
+
+    def padded(self, x):
+        """(M,) -> (n, T), 0 after the end."""
+        y = np.zeros(self.inside.shape)
+        y[self.inside] = x[(self.step < self.horizon).cpu().numpy()]
+        return y
+
+    def ratio(self, log_pi, log_pi_b):
+        """(n, T), 1 after the end; a single one above 1e304 is cut to that."""
+        return np.exp(self.padded(np.minimum(log_pi - log_pi_b, 700)))
+
+    def known_log_prob(self, logged):
+        """log pi_b (M,) in network units: as logged, where it was, else estimated."""
+        if not self.units.discrete:  # a density per unit of the environment -> per unit of [-1, 1]
+            logged = logged + self.units.half_range.log().sum().item()
+            edge = (self.transitions.action.abs() >= EDGE).any(1).cpu().numpy()
+            logged = np.where(edge, np.nan, logged)  # D6: a mass, whatever has been logged
+        wrong = (logged == -np.inf) | (self.units.discrete & (logged > 1e-6))
+        i = wrong.argmax()
+        what = "zero probability of" if logged[i] < 0 else "a probability above 1 for"
+        where = f"episode {self.episode[i].item()}, step {self.step[i].item()}"
+        require(not wrong[i], f"{where}: behavior_log_prob gives {what} the logged action")
+        missing = np.isnan(logged).mean()
+        note = f"behaviour policy estimated from the data for {missing:.0%} of the steps"
+        self.notes.append(note if missing else "behaviour policy as logged")
+        if self.args.run and self.args.policy_mode == "stochastic":
+            self.notes.append("judged is the policy that draws its actions; the training files "
+                              "report the deterministic one")  # fmt: skip
+        return np.where(np.isnan(logged), self.estimated_log_pi_b, logged)
+
+
+def known_steps(length, terminated, horizon):
+    """T, and notes on it. After the end of a terminated episode nothing is earned; after that of a
+    truncated one nobody knows, so that none may be shorter than T."""
+    cut, notes = np.where(terminated, length.max() + 1, length), []
+    known = min(cut.min(), length.max())
+    T, episode, longer = horizon or known, cut.argmin(), min([*sorted(cut)[1:2], length.max()])
+    where = f"episode {episode} was truncated after {known} steps"
+    unknown = f"--horizon {horizon}: {where}, its rest is unknown; --horizon {known} at most"
+    require(terminated.all() or T <= known, unknown)
+    if not horizon and longer > known:
+        notes.append(f"T = {T}, as {where}; without it, T would be {longer}")
+    if terminated.all() and (length == length[0]).all() and T > 1:
+        notes.append(f"all episodes terminate after exactly {known} steps: if that is a time limit "
+                     "log truncations, or FQE and the model are wrong")  # fmt: skip
+    return int(T), notes
+
+
+def errors_on_logged(log, args):
+    """{"FQE", "model": by how much they miss what the logged policy, as estimated, has earned}."""
+    members = fqe(log, log.behavior, log.seen[:, :2], args)[2]
+    said = {"FQE": members.mean(), "model": log.model_returns(log.behavior).mean()}
+    return {name: x - log.returns.mean() for name, x in said.items()}
+
+
+def moments(x):
+    """Mean and standard deviation of the rows."""
+    return x.mean(0), x.std(0, correction=0) + 1e-3
+
+
 # ---- Policies, loading, printing: this file's own plumbing ----
 
 
 class Target:
-    """A policy to judge. pi: a tensor of raw observations (N, O) -> an object with `sample` and
-    `log_prob` in network units, for Discrete a Categorical."""
+    """A policy to judge. pi: a tensor of raw observations (N, O) -> a law of actions in network
+    units, with `sample` and, without a `problem`, `log_prob`; for Discrete `probs`."""
 
-    def __init__(self, name, pi, units, args, no_density="", seen=False):
+    def __init__(self, name, pi, units, args, problem="", seen=False):
         self.name, self.pi, self.units = name, pi, units
-        self.no_density, self.seen = no_density, seen  # why it has none; if trained on these logs
+        self.problem, self.seen = problem, seen  # why it has no density; if trained on these logs
         self.samples = 1 if args.policy_mode == "deterministic" else args.action_samples
 
     @torch.no_grad()
@@ -790,8 +712,8 @@ class Target:
         """(M,) as float64 array."""
         log_prob = chunked(lambda *x: self.pi(x[0]).log_prob(x[1]), obs, action)
         log_prob = log_prob.double().cpu().numpy()
-        if log_prob.shape != (len(obs),) or np.isnan(log_prob).any() or log_prob.max() == np.inf:
-            raise UserError(f"{self.name}: log pi(a|s) of a logged action is not a number")
+        known = log_prob.shape == (len(obs),) and (log_prob < np.inf).all()  # not so NaN
+        require(known, f"{self.name}: log pi(a|s) of a logged action is not a number")
         return log_prob
 
     @torch.no_grad()
@@ -804,27 +726,43 @@ class Target:
         return actions, torch.full_like(actions[..., 0], 1 / self.samples)
 
 
-class Probabilities:
-    """Over Discrete actions, (N, A). A zero stays one, which Categorical makes 1e-7."""
+def chunked(f, *arrays, size=10_000):
+    """f of rows, for no more than so many at once."""
+    starts = range(0, len(arrays[0]), size)
+    return torch.cat([f(*(x[i : i + size] for x in arrays)) for i in starts])
 
-    def __init__(self, probs):
-        self.probs = probs
+
+class BoxLaw:
+    """The law of actions in [-1, 1] that are drawn from Gaussians (N, parts, A), mixed by logits
+    (N, parts), and then clipped, or squashed by tanh. All laws count actions beyond EDGE as at the
+    bound, where a law has no density but a mass [D6]: so ratios of any two average 1."""
+
+    def __init__(self, mean, std, logits, squash=False):
+        self.normal, self.logits, self.squash = Normal(mean, std), logits, squash
 
     def sample(self):
-        return torch.multinomial(self.probs, 1)[:, 0]
+        part = Categorical(logits=self.logits).sample()
+        u = self.normal.sample()[torch.arange(len(part)), part]
+        return u.tanh() if self.squash else u.clamp(-1, 1)
+
+    def log_prob(self, action):
+        """(N, A) -> (N,): log density, at an edge log mass."""
+        action = action.clamp(-EDGE, EDGE)[:, None]
+        u, edge = (action.atanh(), math.atanh(EDGE)) if self.squash else (action, EDGE)
+        density = self.normal.log_prob(u) - (1 - action**2).log() * self.squash
+        beyond = (action.sign() * self.normal.mean - edge) / self.normal.stddev
+        log_prob = torch.where(action.abs() < EDGE, density, torch.special.log_ndtr(beyond))
+        return (self.logits.log_softmax(1) + log_prob.sum(-1)).logsumexp(1)
+
+
+EDGE = 0.99
+
+
+class Probabilities(Categorical):
+    """A zero stays one, which Categorical makes 1e-7."""
 
     def log_prob(self, action):
         return pick(self.probs, action).log()
-
-
-class Samples:
-    """Box actions (N, A) without a density."""
-
-    def __init__(self, action):
-        self.action = action
-
-    def sample(self):
-        return self.action
 
 
 class InUnits:
@@ -842,81 +780,78 @@ class InUnits:
         return log_prob.to(action.device) + self.units.half_range.log().sum()
 
 
+def certain(action, units):
+    """The law of one action: a probability of 1 (Discrete), no density (Box)."""
+    if units.discrete:
+        return Probabilities(F.one_hot(action, units.action_dim).double())
+    return SimpleNamespace(sample=lambda: action)
+
+
 def one_gaussian(normal, squash=False):
     """Normal (N, A) in network units -> BoxLaw."""
     mean, std = normal.mean[:, None], normal.stddev[:, None]
     return BoxLaw(mean, std, torch.zeros_like(mean[..., 0]), squash)
 
 
-def run_policy(name, policy, args, **facts):
+NO_DENSITY = "this policy of continuous actions has no density"
+
+
+def run_policy(name, policy, args, seen):
     """The Target of a trained agent: its distribution, or its actions, where it has none or they
     are to be deterministic."""
     agent, units, deterministic = policy.agent, policy.units, args.policy_mode == "deterministic"
-    without, reason = deterministic or not hasattr(agent, "policy"), ""
-    if without and not units.discrete:
-        what = "a deterministic policy of" if deterministic else "this algorithm's policy of"
-        reason = f"{what} continuous actions has no density"
+    without = deterministic or not hasattr(agent, "policy")
 
     def pi(obs):
         obs = units.obs(obs)
-        if without and units.discrete:
-            return Probabilities(F.one_hot(agent.act(obs, True), units.action_dim).double())
         if without:
-            return Samples(agent.act(obs, deterministic))
-        pi = agent.policy(obs)
+            return certain(agent.act(obs, deterministic or units.discrete), units)
+        law = agent.policy(obs)
         if units.discrete:
-            return pi
-        squash = hasattr(pi, "median")  # TanhNormal
-        return one_gaussian(pi.normal if squash else pi.base_dist, squash)
+            return law
+        squash = hasattr(law, "median")  # TanhNormal
+        return one_gaussian(law.normal if squash else law.base_dist, squash)
 
-    return Target(name, pi, units, args, no_density=reason, **facts)
+    return Target(name, pi, units, args, NO_DENSITY * (without and not units.discrete), seen)
 
 
 def user_policy(name, units, args):
     """The Target of FILE.py:NAME. Whatever fails in the user's code is one line that names it."""
     deterministic, function = args.policy_mode == "deterministic", load_function(name)
-    reason = "a deterministic policy of continuous actions has no density"
 
     def pi(obs):
         with blaming(f"--policy {name}"):
             answer = function(obs.cpu())
             if units.discrete:
                 p = torch.as_tensor(answer, dtype=torch.float64, device=obs.device)
-                if p.shape != (len(obs), units.action_dim):
-                    shape = f"{tuple(p.shape)}, not {(len(obs), units.action_dim)}"
-                    raise UserError(f"probabilities of shape {shape}")
-                bad = ~((p >= 0).all(1) & ((p.sum(1) - 1).abs() < 1e-4))  # True for NaN
-                if bad.any():
-                    raise UserError(f"{p[bad][0].tolist()} are not probabilities: >= 0 with sum 1")
-                if deterministic:
-                    return Probabilities(F.one_hot(p.argmax(1), units.action_dim).double())
-                return Probabilities(p / p.sum(1, keepdim=True))
-            if not isinstance(answer, Distribution):
-                raise UserError(f"it returns {type(answer).__name__}, not a torch Distribution")
+                shape, needed = tuple(p.shape), (len(obs), units.action_dim)
+                require(shape == needed, f"probabilities of shape {shape}, not {needed}")
+                good = (p >= 0).all(1) & ((p.sum(1) - 1).abs() < 1e-4)  # not so NaN
+                first = p[good.int().argmin()].tolist()
+                require(good.all(), f"{first} are not probabilities: >= 0 with sum 1")
+                return certain(p.argmax(1), units) if deterministic else Probabilities(p)
+            what = f"it returns {type(answer).__name__}, not a torch Distribution"
+            require(isinstance(answer, Distribution), what)
             if deterministic:
-                return Samples(units.action(answer.mode))
+                return certain(units.action(answer.mode), units)
             normal = answer.base_dist if isinstance(answer, Independent) else answer
             if not isinstance(normal, Normal):
                 return InUnits(answer, units)
             mean, std = (x.to(obs.device).flatten(1) for x in (normal.mean, normal.stddev))
-            return one_gaussian(
-                Normal((mean - units.center) / units.half_range, std / units.half_range)
-            )
+            mean = (mean - units.center) / units.half_range
+            return one_gaussian(Normal(mean, std / units.half_range))
 
-    return Target(
-        name, pi, units, args, no_density=reason if deterministic and not units.discrete else ""
-    )
+    return Target(name, pi, units, args, NO_DENSITY * (deterministic and not units.discrete))
 
 
 def load_function(name):
     """FILE.py:NAME -> the function."""
     path, _, attribute = name.rpartition(":")
     with blaming(f"--policy {name}"):
-        if not Path(path).is_file():
-            raise UserError(f"FILE.py:NAME is needed, and there is no file {path or name}")
+        missing = f"FILE.py:NAME is needed, and there is no file {path or name}"
+        require(Path(path).is_file(), missing)
         function = getattr(import_file(path), attribute, None)
-        if not callable(function):
-            raise UserError(f"{path} has no function {attribute}")
+        require(callable(function), f"{path} has no function {attribute}")
     return function
 
 
@@ -924,8 +859,8 @@ def load_run(folder, device):
     """(Policy, Args) of a training run, by the source that was saved there."""
     with blaming(f"--run {folder}"):
         sources = list(Path(folder).glob("*.py"))
-        if len(sources) != 1 or not Path(folder, "checkpoint.pt").exists():
-            raise UserError("not the folder of a training run")
+        complete = len(sources) == 1 and Path(folder, "checkpoint.pt").exists()
+        require(complete, "not the folder of a training run")
         module = import_file(sources[0])
         return module.load_policy(folder, device), module.read_checkpoint(folder)["args"]
 
@@ -942,23 +877,19 @@ def import_file(path):
 def load(args):
     """The data, and the Targets of --run and --policy."""
     runs = {folder: load_run(folder, args.device) for folder in args.run}
-    if len(runs) < len(args.run) or len(set(args.policy)) < len(args.policy):
-        raise UserError("the same --run or --policy is given twice")
+    once = len(runs) == len(args.run) and len(set(args.policy)) == len(args.policy)
+    require(once, "the same --run or --policy is given twice")
     rests = {the_rest(its.dataset_id) for _, its in runs.values()}
-    if not args.dataset_id and len(rests) != 1:
-        which = "the runs have different ones" if runs else "--policy has none of its own"
-        raise UserError(f"--dataset-id is needed: {which}")
+    which = "the runs have different ones" if runs else "--policy has none of its own"
+    require(args.dataset_id or len(rests) == 1, f"--dataset-id is needed: {which}")
     ids = args.dataset_id or rests.pop()
     print(f"judged on {' '.join(ids)}")
     data, policies = Dataset(ids, device=args.device), []
     for folder, (policy, its) in runs.items():
-        its_spaces, spaces_ = (
-            (u.observation_space, u.action_space) for u in (policy.units, data.units)
-        )
-        if its_spaces != spaces_:
-            raise UserError(f"--run {folder}: its spaces are not those of the data")
-        seen = overlap(its.dataset_id, ids)
-        policies.append(run_policy(folder, policy, args, seen=seen))
+        its_spaces = policy.units.observation_space, policy.units.action_space
+        same = its_spaces == (data.units.observation_space, data.units.action_space)
+        require(same, f"--run {folder}: its spaces are not those of the data")
+        policies.append(run_policy(folder, policy, args, overlap(its.dataset_id, ids)))
         if its.env_id and not args.env_id:
             data.make_env = partial(gym.make, its.env_id)
     return data, policies + [user_policy(name, data.units, args) for name in args.policy]
@@ -980,27 +911,33 @@ def the_rest(ids):
     return tuple(rest) or tuple(ids)
 
 
-def example_probabilities(obs, gain):
-    """CartPole by a linear controller, the more decided the larger the gain: (N, O) -> (N, 2)."""
-    right = 1 / (1 + np.exp(-gain * np.asarray(obs, np.float64) @ [0.1, 0.5, 1.0, 0.5]))
-    return np.stack([1 - right, right], 1)
-
-
 def example(args, episodes=1000, gains=(5.0, 12.0), seed=0):
-    """Logs of an undecided controller (gains[0]) up to --horizon; more decided ones to judge."""
+    """Logs of a linear controller of CartPole, up to --horizon; the larger its gain, the more
+    decided. The first gain is the logged one, the others are to be judged."""
     envs = gym.make_vec("CartPole-v1", episodes, vectorization_mode="vector_entry_point")
+    units = Units(envs.single_observation_space, envs.single_action_space).to(args.device)
+
+    def right(obs, gain):  # probability (N,)
+        return 1 / (1 + np.exp(-gain * np.asarray(obs, np.float64) @ [0.1, 0.5, 1.0, 0.5]))
+
+    def target(gain):
+        def pi(obs):
+            p = right(obs.cpu(), gain)
+            return Probabilities(torch.as_tensor(np.stack([1 - p, p], 1), device=obs.device))
+
+        return Target(f"gain {gain}", pi, units, args)
+
     rng = np.random.default_rng((seed, 1))  # not the environment's stream: it draws from `seed`
     obs, alive, steps = envs.reset(seed=seed)[0], np.full(episodes, True), []
     for _ in range(args.horizon):  # all episodes at once
-        p = example_probabilities(obs, gains[0])
-        action = (rng.random(episodes) < p[:, 1]).astype(int)
+        p = right(obs, gains[0])
+        action = (rng.random(episodes) < p).astype(int)
         next_obs, reward, terminated, *_ = envs.step(action)
-        log_prob = np.log(p[np.arange(episodes), action])
+        log_prob = np.log(np.where(action, p, 1 - p))
         steps.append((obs, action, reward, next_obs, terminated, log_prob, alive))
         obs, alive = next_obs, alive & ~terminated
     *columns, alive = (np.stack(x, 1) for x in zip(*steps, strict=True))  # (n, T, ...)
     obs, action, reward, next_obs, terminal, log_prob = (x[alive] for x in columns)
-    units = Units(envs.single_observation_space, envs.single_action_space).to(args.device)
     s, r, next_s, d = map(units.tensor, (obs, reward, next_obs, terminal))
     data = SimpleNamespace(
         units=units,
@@ -1009,72 +946,50 @@ def example(args, episodes=1000, gains=(5.0, 12.0), seed=0):
         behavior_log_prob=log_prob,
         make_env=partial(gym.make, "CartPole-v1"),
     )
-
-    def target(gain):
-        def pi(obs):
-            return Probabilities(units.tensor(example_probabilities(obs.cpu(), gain)).double())
-
-        return Target(f"gain {gain}", pi, units, args)
-
     return data, [target(gain) for gain in gains[1:]]
-
-
-class Discounted(gym.Wrapper):
-    """Rewards times gamma^t up to the horizon: their sum is what the estimators estimate."""
-
-    def __init__(self, env, gamma, horizon):
-        super().__init__(env)
-        self.gamma, self.horizon = gamma, horizon
-
-    def reset(self, **kwargs):
-        self.t = 0
-        return self.env.reset(**kwargs)
-
-    def step(self, action):
-        obs, reward, terminated, truncated, info = self.env.step(action)
-        reward, self.t = reward * self.gamma**self.t, self.t + 1
-        return obs, reward, terminated, truncated or self.t >= self.horizon, info
 
 
 def true_value(policy, make_env, episodes, log):
     """Mean and standard error over fresh episodes: same horizon, discount and policy mode."""
+
+    def make():  # an environment that is reset once
+        discounts = (log.gamma**t for t in count())
+        env = gym.wrappers.TransformReward(make_env(), lambda reward: reward * next(discounts))
+        return gym.wrappers.TimeLimit(env, log.horizon)
+
     with blaming("--verify"):
-        returns = evaluate(policy, lambda: Discounted(make_env(), log.gamma, log.horizon), episodes)
+        returns = evaluate(policy, make, episodes)
     return returns.mean(), returns.std(ddof=1) / math.sqrt(episodes)
 
 
-def chunked(f, *arrays, size=10_000):
-    """f of rows, for no more than so many at once."""
-    starts = range(0, len(arrays[0]), size)
-    return torch.cat([f(*(x[i : i + size] for x in arrays)) for i in starts])
-
-
 def print_report(report):
-    log, truth = report.log, report.truth
+    log, truth, w = report.log, report.truth, report.weights
     print(f"\n{report.name}, {log.args.policy_mode}: T = {log.horizon} steps, gamma = {log.gamma}")
     print("estimator  estimate    95% interval" + " " * 16 + "error" * bool(truth))
+    doubts = {}
     for name, e in report.estimates.items():
-        interval = f"{e.low:9.4g} .. {e.high:<9.4g} {'*' * bool(e.doubt):1}"
         error = f"{e.value - truth[0]:+9.3g}" if truth else ""
-        if not np.isfinite(e.low + e.high):
-            print(f"{name:9s}         -   the weights overflow")
-            continue
-        print(f"{name:9s} {e.value:9.4g}   {interval} {error}")
+        row = f"{e.value:9.4g}   {e.low:9.4g} .. {e.high:<9.4g} {'*' * bool(e.doubt):1} {error}"
+        overflow = not np.isfinite(e.low + e.high)
+        print(f"{name:9s} {'        -   the weights overflow' if overflow else row}")
+        doubts[e.doubt] = [*doubts.get(e.doubt, ()), name]
     if truth:
         print(f"{'truth':9s} {truth[0]:9.4g}   +- {truth[1]:.2g} (standard error)")
-    for doubt in dict.fromkeys(e.doubt for e in report.estimates.values() if e.doubt):
-        names = ", ".join(name for name, e in report.estimates.items() if e.doubt == doubt)
-        print(f"* no 95% interval ({names}): {doubt}")
-    w = report.weights
+    doubts.pop("", None)
+    for doubt, names in doubts.items():
+        print(f"* no 95% interval ({', '.join(names)}): {doubt}")
     if w:
         error = f" +- {w.error:.2g}" if math.isfinite(w.error) else ""
         print(f"weights: effective sample size {w.sizes[-1]:.1f} of {log.n}, mean {w.mean:.3g}"
               f"{error} (should be 1), {w.nonzero:.0%} not 0, the largest {w.largest:.0%} of all"
         )  # fmt: skip
-    print(f"the logged policy earned {log.returns.mean():.4g}; difference to that: " + ", ".join(
-        "{} {:+.3g} ({:+.3g} to {:+.3g})".format(name, *report.estimates[name].gain)
-        for name in ("WDR", "FQE") if name in report.estimates
-    ))  # fmt: skip
+    gains = {
+        name: report.estimates[name].gain for name in ("WDR", "FQE") if name in report.estimates
+    }
+    gains = ", ".join(
+        "{} {:+.3g} ({:+.3g} to {:+.3g})".format(name, *x) for name, x in gains.items()
+    )
+    print(f"the logged policy earned {log.returns.mean():.4g}; difference to that: {gains}")
     if report.bounds and not report.seen:
         bounds = ", ".join(f"{x:.4g} ({name})" for name, x in report.bounds.items())
         print(f"with 95% confidence at least {bounds}")
@@ -1103,11 +1018,10 @@ def check_args(args):
     limits |= {"steps": (1, 10**9), "batch_size": (1, 10**6), "hidden": (1, 10**4)}
     limits |= {"lr": (1e-12, 1), "action_samples": (1, 10**4)}
     for name, (low, high) in limits.items():
-        value = getattr(args, name)
+        value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
         for x in value if isinstance(value, tuple) else (value,):
-            if x is not None and not low <= x <= high:
-                flag = f"--{name.replace('_', '-')} {x}"
-                raise UserError(f"{flag}: it must lie in {low:g} to {high:g}")
+            inside = x is None or low <= x <= high
+            require(inside, f"{flag} {x}: it must lie in {low:g} to {high:g}")
 
 
 def command_line():

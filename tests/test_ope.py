@@ -26,16 +26,32 @@ from ope import (
     Estimate,
     UserError,
     bernstein_bound,
-    doubly_robust,
     hcope_bound,
-    importance_sampling,
-    magic,
     student_t_bound,
     verdict,
 )
 
+
+def of_equal_shares(estimator):
+    """The estimator with p as its last argument, 1/n by default."""
+
+    def with_p(reward, *arrays, p=None, **flags):
+        p = np.full(len(reward), 1 / len(reward)) if p is None else p
+        return estimator(p, reward, *arrays, **flags)
+
+    return with_p
+
+
+def with_p_first(estimator):
+    """As ope.py has it."""
+    return lambda p, *arrays: estimator(*arrays, p=p)
+
+
 S, A, T = 3, 2, 3
 ope.builtin_dataset = cache(ope.builtin_dataset)
+importance_sampling, doubly_robust, magic = map(
+    of_equal_shares, (ope.importance_sampling, ope.doubly_robust, ope.magic)
+)
 PDIS = partial(importance_sampling, per_decision=True)
 WIS = partial(importance_sampling, weighted=True)
 PDWIS = partial(importance_sampling, per_decision=True, weighted=True)
@@ -461,9 +477,9 @@ def test_resamples_without_overlap_are_left_out():
     log = SimpleNamespace(resamples=shares(4, 100), returns=np.zeros(4))
     zero = np.zeros((4, 1)), np.zeros((4, 2))
     for estimator, arrays in ((WIS, ()), (PDWIS, ()), (WDR, zero)):
-        e = ope.bootstrap(partial(estimator, gamma=1.0), log, reward, ratio, *arrays)
+        e = ope.bootstrap(with_p_first(partial(estimator, gamma=1.0)), log, reward, ratio, *arrays)
         assert (e.value, e.low, e.high) == pytest.approx((1, 1, 1))
-    e = ope.bootstrap(partial(magic, gamma=1.0), log, reward, ratio, *zero)
+    e = ope.bootstrap(with_p_first(partial(magic, gamma=1.0)), log, reward, ratio, *zero)
     assert 0 <= e.low <= e.value <= e.high
 
 
@@ -485,7 +501,7 @@ def test_coverage():
         _, _, reward, ratio = mdp.sample(100)
         x = (ratio.cumprod(1) * reward) @ discounts
         log = SimpleNamespace(resamples=shares(100, 200, repetition), returns=reward @ discounts)
-        boot = ope.bootstrap(partial(PDWIS, gamma=mdp.gamma), log, reward, ratio)
+        boot = ope.bootstrap(with_p_first(partial(PDWIS, gamma=mdp.gamma)), log, reward, ratio)
         lowest = mdp.r.min()
         shifted = (ratio.cumprod(1) * (reward - lowest)) @ discounts
         hcope = hcope_bound(shifted, seed=repetition) + lowest * discounts.sum()
@@ -628,7 +644,7 @@ def quick_log(data, args, monkeypatch):
     """A Log whose behaviour, model and check are not trained, for tests of the rest."""
     zeros = None, np.zeros(len(data.episode))
     monkeypatch.setattr(ope, "fit_behavior", lambda log, args: zeros)
-    monkeypatch.setattr(ope.WorldModel, "fit", lambda self, log, args: self)
+    monkeypatch.setattr(ope, "fit_model", lambda log, args: None)
     monkeypatch.setattr(ope, "errors_on_logged", lambda log, args: {"FQE": 0.0, "model": 0.0})
     return ope.Log(data, args)
 
@@ -653,51 +669,53 @@ def test_fqe_is_the_certainty_equivalent_value_of_each_half(monkeypatch):
     data = tabular_data(mdp)
     log = quick_log(data, args, monkeypatch)
     policy = by_table(mdp.target, data.units, args)
-    q, v, members = ope.cross_fitted(log, policy, ope.fit_q(log, policy, log.fold, args))
+    q, v, members = ope.fqe(log, policy, log.seen, args)
     state, action = data.transitions.obs.argmax(1).numpy(), data.transitions.action.numpy()
-    fold, left = log.fold.numpy()[data.episode], T - log.step.numpy()
-    exact, counts, values = {}, {}, np.empty((4, 2))
-    for k in range(4):
-        for j in (0, 1):
-            exact[k, j], counts[k, j] = certainty_equivalent(mdp, data, fold[:, k] == j)
-            v_0 = (mdp.target * exact[k, j]).sum(2)[T, state[log.index[:, 0].numpy()]]
-            assert np.corrcoef(members[:, k, j], v_0)[0, 1] > 0.99
-            values[k, j] = v_0.mean()
+    seen, left = log.seen.numpy()[data.episode], T - log.step.numpy()
+    exact, counts, values = [], [], []
+    for k in range(8):
+        q_k, count = certainty_equivalent(mdp, data, seen[:, k])
+        v_0 = (mdp.target * q_k).sum(2)[T, state[log.first.numpy()]]
+        assert np.corrcoef(members[:, k], v_0)[0, 1] > 0.99
+        exact.append(q_k[left, state, action])
+        counts.append(count[state, action])
+        values.append(v_0.mean())
     np.testing.assert_allclose(members.mean(0), values, atol=0.05)
-    assert np.abs(np.diff(values)).max() > 0.15  # the halves differ, or swapped ones would pass
-    assert (np.abs(log.fold.float().mean(0).numpy() - 0.5) < 0.01).all()
-    unseen = [np.stack([exact[k, j][left, state, action] for j in (0, 1)]) for k in range(4)]
-    rows = np.arange(len(state))
-    expected = np.mean([unseen[k][1 - fold[:, k], rows] for k in range(4)], 0)
-    often = np.min([c[state, action] for c in counts.values()], 0) >= 10
+    assert np.abs(np.diff(values)[::2]).max() > 0.15  # halves differ, or swapped ones would pass
+    assert (np.abs(log.seen.float().mean(0).numpy() - 0.5) < 0.01).all()
+    assert (log.seen[:, ::2] == ~log.seen[:, 1::2]).all()
+    expected, wrong = (np.mean(exact, 0, where=x.T) for x in (~seen, seen))
+    often = np.min(counts, 0) >= 10
     assert often.mean() > 0.95
     inside = log.padded(often.astype(float)) == 1
     errors = np.abs(q - log.padded(expected))[inside]
     assert errors.mean() < 0.05 and errors.max() < 0.2
-    wrong = np.mean(
-        [unseen[k][fold[:, k], rows] for k in range(4)], 0
-    )  # of those that have seen it
-    assert errors.mean() < 0.7 * np.abs(q - log.padded(wrong))[inside].mean()
+    assert errors.mean() < 0.7 * np.abs(q - log.padded(wrong))[inside].mean()  # that have seen it
     assert q.shape == (log.n, T) and v.shape == (log.n, T + 1) and not v[:, T].any()
     assert not q[~log.inside].any() and not v[:, :T][~log.inside].any()
+
+
+def random_halves(rng, n):
+    """(n, 8): four random halves, each beside its rest."""
+    half = rng.permuted(np.tile([False, True], (4, n // 2)), axis=1).T
+    return np.stack([half, ~half], 2).reshape(n, 8)
 
 
 def test_the_interval_of_fqe():
     """se^2 = mean d_k^2 + var / n with 4 degrees of freedom; and the gain, paired: members that
     repeat the returns of their own half, plus 1.5, gain 1.5 for certain."""
     rng = np.random.default_rng(0)
-    fold = torch.tensor(rng.permuted(np.tile([0, 1], (4, 10)), axis=1).T)
-    members, returns = rng.normal(size=(20, 4, 2)), rng.normal(size=20)
-    log = SimpleNamespace(fold=fold, returns=returns, n=20)
+    seen = random_halves(rng, 20)
+    members, returns = rng.normal(size=(20, 8)), rng.normal(size=20)
+    log = SimpleNamespace(seen=torch.tensor(seen), returns=returns, n=20)
     e = ope.fqe_estimate(members, log)
-    d = np.diff(members.mean(0), axis=1) / 2
-    se = np.sqrt((d**2).mean() + members.mean((1, 2)).var(ddof=1) / 20)
+    d = np.diff(members.mean(0).reshape(4, 2), axis=1) / 2
+    se = np.sqrt((d**2).mean() + members.mean(1).var(ddof=1) / 20)
     expected = members.mean() - 2.7764 * se, members.mean() + 2.7764 * se
     assert (e.low, e.high) == pytest.approx(expected, abs=1e-3)
-    repeated = np.broadcast_to(returns[:, None, None], (20, 4, 2)) + 1.5
+    repeated = np.broadcast_to(returns[:, None], (20, 8)) + 1.5
     assert ope.fqe_estimate(repeated, log).gain == pytest.approx((1.5, 1.5, 1.5))
-    seen = np.stack([fold.numpy() == 0, fold.numpy() == 1], -1)  # else 1000, which must not count
-    gain = ope.fqe_estimate(np.where(seen, repeated, 1000.0), log).gain
+    gain = ope.fqe_estimate(np.where(seen, repeated, 1000.0), log).gain  # which must not count
     assert gain[2] - gain[1] == pytest.approx(0, abs=1e-9)
 
 
@@ -708,17 +726,16 @@ def test_fqe_covers_in_a_table():
     for _ in range(200):
         state, action, reward, _ = mdp.sample(80)
         after = np.column_stack([state[:, 1:], np.full(80, -1)])  # -1: cut, not used
-        fold = torch.tensor(rng.permuted(np.tile([0, 1], (4, 40)), axis=1).T)
-        members = np.empty((80, 4, 2))
-        for k, j in product(range(4), (0, 1)):
-            rows = (fold[:, k] == j).numpy()
+        seen = random_halves(rng, 80)
+        members = np.empty((80, 8))
+        for k, rows in enumerate(seen.T):
             counts, certain = np.full((S + 1, A, S + 1), 1e-9), copy(mdp)
             use = (after[rows] >= 0) & (state[rows] < S)
             np.add.at(counts, (state[rows][use], action[rows][use], after[rows][use]), 1)
             certain.P = counts / counts.sum(2, keepdims=True)
             certain.P[S] = mdp.P[S]
-            members[:, k, j] = (mdp.target * certain.q(mdp.target)).sum(2)[T, state[:, 0]]
-        log = SimpleNamespace(fold=fold, returns=reward.sum(1), n=80)
+            members[:, k] = (mdp.target * certain.q(mdp.target)).sum(2)[T, state[:, 0]]
+        log = SimpleNamespace(seen=torch.tensor(seen), returns=reward.sum(1), n=80)
         e = ope.fqe_estimate(members, log)
         hits.append(e.low <= truth <= e.high)
     assert 0.93 <= np.mean(hits) <= 0.995
@@ -734,7 +751,7 @@ def test_fqe_of_terminal_steps_is_their_reward_and_truncated_ones_go_on(monkeypa
         data = dataset(units, batch, torch.arange(40) // (1 if terminal.any() else 4))
         log = quick_log(data, args, monkeypatch)
         policy = by_table(np.full((1, 2), 0.5), units, args)
-        _, _, members = ope.cross_fitted(log, policy, ope.fit_q(log, policy, log.fold, args))
+        _, _, members = ope.fqe(log, policy, log.seen, args)
         np.testing.assert_allclose(members, expected, atol=0.03)
 
 
@@ -749,7 +766,7 @@ def test_fqe_does_not_care_about_the_scale_of_rewards(monkeypatch):
         log = quick_log(data, args, monkeypatch)
         policy = by_table(mdp.target, data.units, args)
         torch.manual_seed(1)
-        members = ope.cross_fitted(log, policy, ope.fit_q(log, policy, log.fold, args))[2]
+        members = ope.fqe(log, policy, log.seen, args)[2]
         values.append((members.mean() - shift * (1 + 0.9 + 0.81)) / scale)
     assert values[0] == pytest.approx(values[1], abs=1e-3)
 
@@ -757,7 +774,7 @@ def test_fqe_does_not_care_about_the_scale_of_rewards(monkeypatch):
 def test_estimated_behaviour_of_discrete_actions_is_the_frequency(monkeypatch):
     torch.manual_seed(0)
     mdp, args = MDP(3), Args(steps=400, **TABLE)
-    data = tabular_data(mdp)
+    data = tabular_data(mdp, 1500)
     with monkeypatch.context() as patch:
         log = quick_log(data, args, patch)
     policy, estimated = ope.fit_behavior(log, args)
@@ -777,10 +794,7 @@ def test_whole_episodes_are_held_out(monkeypatch):
     )
     with monkeypatch.context() as patch:
         log = quick_log(data, args, patch)
-    original = ope.Behavior.forward
-    monkeypatch.setattr(
-        ope.Behavior, "forward", lambda self, obs: seen.append(obs[:, 0]) or original(self, obs)
-    )
+    log.standardize = lambda obs: seen.append(obs[:, 0]) or obs / 100
     ope.fit_behavior(log, args)
     *fitted, held_out, _ = seen
     fitted, held_out = (data.episode[x.long()].unique() for x in (torch.cat(fitted), held_out))
@@ -813,7 +827,7 @@ def test_estimated_behaviour_of_box_actions(monkeypatch):
     np.testing.assert_allclose(exact[~edge].mean(), estimated[~edge].mean(), atol=0.2)
     share = (policy.sample(torch.rand(5000, 1)).abs() >= ope.EDGE).float().mean().item()
     assert share == pytest.approx(edge.mean(), abs=0.06)
-    log.estimated_log_prob = estimated
+    log.estimated_log_pi_b = estimated
     known = log.known_log_prob(np.full(len(edge), -1.25))
     np.testing.assert_allclose(known[~edge], -1.25 + np.log(4), rtol=1e-6)
     np.testing.assert_array_equal(known[edge], estimated[edge])
@@ -831,8 +845,8 @@ def test_the_model_rolls_out_what_it_has_learned(monkeypatch):
     data = dataset(units, batch, torch.arange(4000) // 20)
     with monkeypatch.context() as patch:
         log = quick_log(data, args, patch)
-    policy = ope.Target("one", lambda obs: ope.Samples(torch.ones(len(obs), 1)), units, args)
-    value = log.model.fit(log, args).rollout(log, policy)
+    policy = ope.Target("one", lambda s: ope.certain(torch.ones(len(s), 1), units), units, args)
+    value = ope.fit_model(log, args)(policy)
     expected = sum(0.9**t * 0.1 * t for t in range(11))
     assert np.median(value) == pytest.approx(expected, abs=0.3)
     endless = sum(0.9**t * 0.1 * t for t in range(14))
@@ -1193,7 +1207,7 @@ def test_densities_of_users_policies(policies):
     assert a.act(obs.numpy()).shape == (7, 1) and c.sample(obs).abs().max() <= 1
     greedy = ope.user_policy(policies + "box", units, Args(policy_mode="deterministic"))
     np.testing.assert_allclose(greedy.support(obs)[0][:, 0], 0.05 * obs[:, :1], rtol=1e-5)
-    assert "has no density" in greedy.no_density
+    assert "has no density" in greedy.problem
 
 
 def test_deterministic_discrete_policies_have_zeros():
@@ -1286,7 +1300,7 @@ def test_ten_thousand_one_step_episodes_take_seconds(monkeypatch):
     ratio, q, v = rng.uniform(0.5, 1.5, (n, 1)), rng.random((n, 1)), rng.random((n, 2))
     log = SimpleNamespace(resamples=shares(n, 200), returns=reward[:, 0])
     began = time.process_time()
-    e = ope.bootstrap(partial(magic, gamma=1.0), log, reward, ratio, q, v * [1, 0])
+    e = ope.bootstrap(with_p_first(partial(magic, gamma=1.0)), log, reward, ratio, q, v * [1, 0])
     assert e.low < e.value < e.high
     assert time.process_time() - began < 3
     units = ope.Units(spaces.Box(-1, 1, (1,)), spaces.Discrete(10))
@@ -1295,7 +1309,7 @@ def test_ten_thousand_one_step_episodes_take_seconds(monkeypatch):
     args = Args(steps=100)
     log = quick_log(dataset(units, batch, torch.arange(n), np.full(n, -2.3)), args, monkeypatch)
     began = time.process_time()
-    ope.fit_q(log, by_table(np.full((1, 10), 0.1), units, args), log.fold, args)
+    ope.fqe(log, by_table(np.full((1, 10), 0.1), units, args), log.seen, args)
     assert time.process_time() - began < 5  # of 100 updates, so that no V is computed for nothing
 
 
