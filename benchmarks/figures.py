@@ -8,9 +8,11 @@ benchmarks/data alone.
 
 import csv
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import altair as alt
+import numpy as np
 
 ROOT = Path(__file__).parent.parent
 COLOURS = {  # of a method in all pictures; after Okabe and Ito, who can be told apart by everybody
@@ -22,6 +24,16 @@ COLOURS = {  # of a method in all pictures; after Okabe and Ito, who can be told
     "AWAC": "#E69F00",
     "BCQ": "#CC79A7",
     "MOPO": "#B5A000",
+}
+NAMES = {  # of the methods in returns.py
+    "bc": "BC",
+    "%bc": "%BC",
+    "naive": "naive Q-learning",
+    "cql": "CQL",
+    "iql": "IQL",
+    "awac": "AWAC",
+    "bcq": "BCQ",
+    "mopo": "MOPO",
 }
 LINE = {"symbolType": "stroke", "symbolStrokeWidth": 3, "symbolSize": 400}  # in legends
 INK = {"light": "#222222", "dark": "#dddddd"}
@@ -61,6 +73,201 @@ def online(ink):
     chart = chart.properties(width=165, height=170)
     column = alt.Column("dataset:N", title=None, sort=[f"cartpole/{name}" for name in order])
     return chart.properties(data=alt.Data(values=every)).facet(column=column)
+
+
+def stitching(ink):
+    """The data's paths, then one of each method; cells of one path are joined."""
+    rows = read("stitching")
+    end = {}  # of each method's path
+    for row in rows:
+        end[row["who"]] = row["x"], row["y"]
+    data = [row for row in rows if row["who"].startswith("data")]
+    rng = np.random.default_rng(0)
+    shift = rng.uniform(-0.3, 0.3, (99, 2))  # so that paths of the data lie side by side
+    for row in data:
+        dx, dy = shift[int(row["path"]) + 20 * ("goal" in row["who"])]
+        row["x"], row["y"] = row["x"] + dx, row["y"] + dy
+    axis = {"axis": None, "scale": alt.Scale(domain=[-0.6, 6.6], nice=False)}
+    x, y = alt.X("x:Q", **axis), alt.Y("y:Q", **{**axis, "scale": alt.Scale(domain=[-0.6, 4.6])})
+    walls = [{"x": 2.5, "x2": 3.5, "y": a, "y2": b} for a, b in ((-0.5, 1.5), (2.5, 4.5))]
+    walls = alt.Chart(alt.Data(values=walls)).mark_rect(color=ink, opacity=0.25)
+    marks = [{"x": 0, "y": 0, "is": "start"}, {"x": 6, "y": 0, "is": "goal"}]
+    names = alt.Chart(alt.Data(values=marks)).encode(x, y)
+    background = (
+        walls.encode(x, y, alt.X2("x2"), alt.Y2("y2"))
+        + names.mark_text(color=ink, dy=14, fontSize=11).encode(text="is:N")
+        + names.mark_square(color=ink, size=60)
+    )
+
+    def panel(title, rows, colour, **mark):
+        lines = alt.Chart(alt.Data(values=rows)).mark_line(**mark)
+        lines = lines.encode(x, y, alt.Detail("line:N"), alt.Order("step:Q"), color=colour)
+        return (background + lines).properties(title=title, width=125, height=100)
+
+    for row in rows:
+        row["line"] = f"{row['who']} {row['path']}"
+    two = alt.Scale(range=["#888888", ink])
+    panels = [panel("the data", data, alt.Color("who:N", legend=None, scale=two), opacity=0.35)]
+    for method, (x_end, y_end) in end.items():
+        if method in COLOURS:
+            earned = f"{method}: return {int((x_end, y_end) == (6, 0))}"
+            its = [row for row in rows if row["who"] == method]
+            mark = {"strokeWidth": 3, "point": {"size": 30, "color": COLOURS[method]}}
+            panels.append(panel(earned, its, alt.value(COLOURS[method]), **mark))
+    return alt.hconcat(*panels, spacing=12)
+
+
+def ope(ink, n=100):
+    """How far the estimates from one log of n episodes are from the truth, for five policies; and
+    beside it, how often intervals held it in many such logs. Hollow: marked as no 95% interval."""
+    rows = [row for row in read("ope") if row["n"] == n]
+    for row in rows:
+        row["title"] = f"{row['policy']}, {row['distance']:.0%} away"
+        row |= {end: row[end] - row["truth"] for end in ("estimate", "low", "high")}
+    titles = [title for _, title in sorted({(row["distance"], row["title"]) for row in rows})]
+    names, blue = list(dict.fromkeys(row["estimator"] for row in rows)), COLOURS["CQL"]
+    y = alt.Y("estimator:N", title=None, sort=names)
+    scale = alt.Scale(domain=[-8, 8])
+    printed = alt.Scale(domain=["True", "False"], range=[blue, "transparent"])
+    fill = alt.Fill("printed_as_95:N", scale=printed, legend=None)
+    points = {"stroke": blue, "filled": True, "size": 40, "opacity": 1, "clip": True}
+    zero = {"color": COLOURS["naive Q-learning"], "strokeDash": [4, 3]}
+    low = alt.X("low:Q", title="minus the truth", scale=scale)
+    panel = (
+        alt.Chart().mark_rule(**zero).encode(x=alt.datum(0))
+        + alt.Chart().mark_rule(color=blue, clip=True).encode(low, alt.X2("high:Q"), y)
+        + alt.Chart().mark_point(**points).encode(alt.X("estimate:Q", scale=scale), y, fill)
+    ).properties(width=88, height=170)
+    header = alt.Header(labelExpr="split(datum.value, ', ')")  # two lines
+    column = alt.Column("title:N", title=None, sort=titles, header=header)
+    errors = panel.properties(data=alt.Data(values=rows)).facet(column=column, spacing=6)
+    held = [row for row in read("coverage") if row["setting"] == f"ratios-{n}"]
+    for row in held:
+        name, *unmarked = row["name"].split(", ")
+        row |= {"estimator": name, "printed_as_95": str(not unmarked)}
+        row["share"] = row["held"] / row["printed"]
+    scale = alt.Scale(domain=[0.85, 1])
+    share = alt.X(
+        "share:Q", title="of 268 logs", scale=scale, axis=alt.Axis(format="%", tickCount=3)
+    )
+    base = alt.Chart(alt.Data(values=held), width=110, height=100)
+    coverage = base.mark_rule(**zero).encode(x=alt.datum(0.95, scale=scale))
+    coverage += base.mark_point(**points).encode(share, y, fill)
+    return errors | coverage.properties(title="truth in the interval")
+
+
+def quality(ink):
+    """Return after the last update against the controller's noise, and what the data earn."""
+    rows = read("quality")
+    last = max(row["update"] for row in rows)
+    rows = [row for row in rows if row["update"] == last]
+    axis = alt.Axis(format=".0%", tickCount=11)
+    x = alt.X("noise:Q", title="share of the data's actions that are random", axis=axis)
+    scale = alt.Scale(domain=[0, 500])
+    chart = curves(rows, x, "return_mean", "return of the policy", of_method(rows), scale)
+    data = alt.Chart(alt.Data(values=rows)).mark_line(color=ink, strokeDash=[5, 4], strokeWidth=2)
+    chart += data.encode(x, alt.Y("mean(data_return_mean):Q", scale=scale))
+    return chart.properties(width=640, height=260)
+
+
+def shift(ink):
+    """Q over all actions in four states, after training: ticks are the data's actions nearby, dots
+    the policy's. Rewards are negative: no return is above the dashed line at 0."""
+    rows, nearby = read("shift"), read("nearby")
+    last = max(row["update"] for row in rows)
+    rows = [row for row in rows if row["update"] == last]
+    colour, x = of_method(rows), alt.X("action:Q", title="torque, N m")
+    states, panels = list(dict.fromkeys(row["state"] for row in rows)), []
+    for state in states:
+        its = [row for row in rows if row["state"] == state]
+        rug = [row for row in nearby if row["state"] == state and "mixed" not in row["data"]]
+        at = [row for row in its if abs(row["action"] - row["policy_action"]) <= 0.05]
+        axis = alt.Axis(labels=state == states[0], ticks=state == states[0])
+        title, scale = "Q" if state == states[0] else None, alt.Scale(domain=[-700, 300])
+        y = alt.Y("q:Q", title=title, scale=scale, axis=axis)
+        base = alt.Chart(alt.Data(values=its), title=state, width=170, height=190)
+        ticks = alt.Chart(alt.Data(values=rug)).mark_tick(color=ink, size=12, opacity=0.6)
+        dots = alt.Chart(alt.Data(values=at)).mark_point(filled=True, size=90, opacity=1)
+        chart = base.mark_line(strokeWidth=2.5).encode(x, y, colour) + dots.encode(x, y, colour)
+        rule = base.mark_rule(color=ink, strokeDash=[5, 4]).encode(y=alt.datum(0))
+        panels.append(rule + chart + ticks.encode(x, y=alt.value(183)))
+    return alt.hconcat(*panels, spacing=10)
+
+
+def conservatism(ink):
+    """What CQL believes and what it earns, against alpha, on narrow and on broad data."""
+    rows = {(row["data"], row["alpha"]): row for row in read("conservatism")}  # one of each cell
+    names = {"q_policy": "Q of the policy", "true_value": "its true value", "return_mean": "return"}
+    kinds = {"pendulum/0.05-v0": "narrow", "pendulum/mixed-v0": "broad"}
+    points = [
+        {"data": kinds[data], "alpha": alpha, "what": name, "value": row[field]}
+        for (data, alpha), row in rows.items()
+        for field, name in names.items()
+    ]
+    ranges = {"range": [COLOURS["naive Q-learning"], ink, COLOURS["CQL"]]}
+    colour = alt.Color("what:N", title=None, scale=alt.Scale(domain=list(names.values()), **ranges))
+    base = alt.Chart(alt.Data(values=points), width=320, height=220)
+    lines = base.mark_line(strokeWidth=2.5, point=True).encode(
+        alt.X("alpha:O", title="alpha", axis=alt.Axis(labelAngle=0)), alt.Y("value:Q"), colour
+    )
+    title = alt.Header(labelExpr="datum.value + ' data'")
+    return lines.facet(
+        column=alt.Column("data:N", title=None, sort=["narrow", "broad"], header=title)
+    )
+
+
+def learning(ink):
+    """A panel for each dataset; runs of different length are drawn as long as they are."""
+    rows = [{**row, "method": NAMES[row["method"]]} for row in read("learning")]
+    x = alt.X("update:Q", title="updates", axis=alt.Axis(values=[0, 2000, 4000]))
+    scale, order = alt.Scale(zero=False), ["random", "medium", "mixed", "expert"]
+    chart = curves(None, x, "return_mean", "return", of_method(rows), scale)
+    chart = chart.properties(width=160, height=140)
+
+    def row_of(env):
+        its = [
+            {**row, "data": row["dataset"].removesuffix("-v0")}
+            for row in rows
+            if row["dataset"].startswith(env) and row["update"] <= 5000
+        ]
+        column = alt.Column("data:N", title=None, sort=[f"{env}/{name}" for name in order])
+        return chart.properties(data=alt.Data(values=its)).facet(column=column, spacing=14)
+
+    return row_of("pendulum") & row_of("cartpole")
+
+
+def results(ink):
+    """Final returns of benchmarks/returns.csv: means over the seeds and their 95% intervals."""
+    from returns import interval
+
+    cells = defaultdict(list)
+    with open(ROOT / "benchmarks/returns.csv") as file:
+        for row in csv.DictReader(file):
+            if row["method"] in NAMES:
+                key = NAMES[row["method"]], row["dataset"].removesuffix("-v0")
+                cells[key].append((float(row["return_mean"]), float(row["data_return_mean"])))
+    rows = []
+    for (method, data), values in cells.items():
+        returns, earned = np.array(values).T
+        low, high = map(float, interval(returns))
+        ends = {"low": low, "high": high, "mean": returns.mean(), "earned": earned[0]}
+        rows.append({"method": method, "data": data, **ends})
+    colour = of_method(rows).legend(None)
+    y = alt.Y("method:N", title=None, sort=list(COLOURS))
+    base, x = alt.Chart(), alt.X("mean:Q", title="return", scale=alt.Scale(zero=False))
+    chart = (
+        base.mark_rule(color=ink, strokeDash=[4, 3]).encode(alt.X("mean(earned):Q"))
+        + base.mark_rule(strokeWidth=2.5).encode(alt.X("low:Q"), alt.X2("high:Q"), y, colour)
+        + base.mark_point(filled=True, size=60, opacity=1).encode(x, y, colour)
+    ).properties(width=155, height=130)
+
+    def row_of(env):
+        its = [row for row in rows if row["data"].startswith(env)]
+        order = [f"{env}/{name}" for name in ("random", "medium", "mixed", "expert")]
+        column = alt.Column("data:N", title=None, sort=order)
+        return chart.properties(data=alt.Data(values=its)).facet(column=column, spacing=14)
+
+    return row_of("pendulum") & row_of("cartpole")
 
 
 def curves(data, x, field, title, colour, scale):
@@ -106,7 +313,17 @@ def save(name, theme):
     chart.save(ROOT / f"docs/{name}-{theme}.svg")
 
 
-FIGURES = ["extrapolation", "online"]
+FIGURES = [
+    "extrapolation",
+    "quality",
+    "shift",
+    "conservatism",
+    "stitching",
+    "ope",
+    "online",
+    "learning",
+    "results",
+]
 
 if __name__ == "__main__":
     (ROOT / "docs").mkdir(exist_ok=True)

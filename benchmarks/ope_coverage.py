@@ -11,6 +11,10 @@
 
 makes repetitions, seeds from 100 on, and adds their rows to the file until it is stopped; without
 settings it prints the file's table: intervals that were printed as 95% ones and held, of how many.
+
+    python benchmarks/ope_coverage.py runs/coverage.csv benchmarks/data/coverage.csv
+
+writes those counts for figures.py: logs, intervals printed as 95% ones, those of them that held.
 """
 
 import contextlib
@@ -169,15 +173,30 @@ def print_table(path):
         print(f"| mean error of {name} | " + " | ".join(cells) + " | |")
 
 
+def save_counts(path, to):
+    cells = defaultdict(list)
+    for setting, _, policy, ess, name, _, low, high, truth, counts in csv.reader(path.open()):
+        held = float(low) <= float(truth) <= float(high)
+        cells[setting, policy, name].append((float(ess), counts == "True", held))
+    with open(to, "w", newline="") as file:
+        write = csv.writer(file, lineterminator="\n").writerow
+        write("setting policy name ess logs printed held".split())
+        for key, rows in cells.items():
+            ess, printed = np.mean([ess for ess, *_ in rows]), [held for _, x, held in rows if x]
+            write([*key, round(ess, 1), len(rows), len(printed), sum(printed)])
+
+
 if __name__ == "__main__":
     ope.use_cpu_well()
-    path = Path(sys.argv[1])
-    if not sys.argv[2:]:
+    path, settings = Path(sys.argv[1]), sys.argv[2:]
+    if not settings:
         print_table(path)
+    elif settings[0].endswith(".csv"):
+        save_counts(path, settings.pop())
     path.touch()
     done = {tuple(row[:2]) for row in csv.reader(path.open())}
-    for seed in count(100) if sys.argv[2:] else ():
-        for setting in sys.argv[2:]:
+    for seed in count(100) if settings else ():
+        for setting in settings:
             if (setting, str(seed)) in done:
                 continue
             rows = list(repeat(setting, seed))

@@ -2,6 +2,7 @@
 
   python benchmarks/returns.py                           what benchmarks/returns.csv lacks
   python benchmarks/returns.py --table                   the table, from the CSV alone
+  python benchmarks/returns.py --curves                  benchmarks/data/learning.csv, from the runs
   python benchmarks/returns.py --methods cql iql --datasets cartpole/mixed-v0 --seeds 100 101
   python benchmarks/returns.py --ray                     on a Ray cluster (pip install ray)
   python benchmarks/returns.py --minari                  the commands of the MuJoCo table
@@ -86,6 +87,7 @@ class Args:
     csv: str = str(Path(__file__).with_suffix(".csv"))  # one row a run
     runs: str = "runs/returns"  # where the runs' folders are made
     table: bool = False  # print the table and stop
+    curves: bool = False  # gather the learning curves of all the runs' folders and stop
     minari: bool = False  # print the commands of the MuJoCo table and stop
     ray: bool = False  # run on a Ray cluster in place of processes
 
@@ -93,6 +95,8 @@ class Args:
 def main(args: Args):
     if args.minari:
         return print("\n".join(hub_commands()))
+    if args.curves:
+        return save_curves(args.runs)
     rows = read(args.csv)
     if not args.table:
         known = {(row["method"], row["dataset"], int(row["seed"])) for row in rows}
@@ -150,6 +154,23 @@ def steady(metrics, dataset):
     scale = 1084.0 if dataset.startswith("pendulum") else 478.0
     second_half = np.array(returns[len(returns) // 2 :])
     return round(float((second_half > returns[-1] - 0.1 * scale).mean()), 3)
+
+
+def save_curves(runs):
+    """Every 500th update of the complete runs among the folders, for figures.py."""
+    rows = []
+    for result in sorted(Path(runs).glob("*/*/result.json")):
+        method, dataset, seed = result.parts[-3].split("__")
+        with open(result.parent / "metrics.csv") as file:
+            for row in csv.DictReader(file):
+                if row["return_mean"] and int(row["step"]) % 500 == 0:
+                    value = round(float(row["return_mean"]), 1)
+                    rows.append(
+                        [method, dataset.replace("-", "/", 1), seed[1:], row["step"], value]
+                    )
+    with open(ROOT / "benchmarks/data/learning.csv", "w", newline="") as file:
+        header = ["method", "dataset", "seed", "update", "return_mean"]
+        csv.writer(file, lineterminator="\n").writerows([header, *rows])
 
 
 def on_processes(jobs, args):
