@@ -417,8 +417,9 @@ class Units(nn.Module):
 
     def obs(self, obs):
         """(N, ...) -> (N, O), standardised. Dict and Tuple as rows of gymnasium.spaces.flatten."""
-        obs = self.tensor(obs)
-        good = obs.ndim > 1 and obs.shape[1:].numel() == self.obs_dim
+        with blaming("observations"):
+            obs = self.tensor(obs)
+        good = obs.ndim > 1 and obs.numel() == len(obs) * self.obs_dim > 0
         require(good, f"observations {tuple(obs.shape)} are not (N, {self.obs_dim}) numbers")
         require(obs.isfinite().all(), "an observation is NaN or infinite")
         return (obs.flatten(1) - self.obs_mean) / self.obs_std

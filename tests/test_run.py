@@ -928,7 +928,7 @@ def test_act_takes_raw_observations_and_gives_what_the_environment_takes(file, k
         assert all(map(space.contains, found))
 
 
-@pytest.mark.parametrize("shape", [(3,), (2, 4), (5, 1), (0,), ()])
+@pytest.mark.parametrize("shape", [(3,), (2, 4), (5, 1), (0, 3), (0,), ()])
 def test_observations_of_another_shape_are_an_error_not_garbage(shape, usual):
     """Three numbers of one Pendulum would otherwise broadcast to three observations."""
     policy = cql.load_policy(usual("cql.py", "box")[1])
@@ -941,6 +941,8 @@ def test_observations_that_are_no_numbers_are_an_error(value, usual):
     policy = cql.load_policy(usual("cql.py", "box")[1])
     with pytest.raises(UserError, match="an observation is NaN or infinite"):
         policy.act(np.array([[0, 0, 0], [0, value, 0]]))
+    with pytest.raises(UserError, match=r"^observations: [A-Z][A-Za-z]+Error: "):
+        policy.act([["a", "b", "c"]])
 
 
 def test_dict_observations_in_training_evaluation_and_the_loaded_policy(tmp_path, monkeypatch):
