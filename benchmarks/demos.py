@@ -1,13 +1,13 @@
 """The data of the page with the demonstrations, and the page itself, docs/index.html.
 
   python benchmarks/demos.py              runs what benchmarks/data/ lacks, then builds the page
-  python benchmarks/demos.py --page       builds the page alone, from the CSVs
+  python benchmarks/page.py               builds the page alone, from the CSVs
 
-Everything comes from runs of the files, with small networks where that shows the same: half an hour
-on one core. It can be stopped at any time, finished runs are kept.
+Runs of the files themselves, with small networks and few updates: half an hour on one core. It can
+be stopped at any time, finished runs are kept. It makes shift.csv, nearby.csv, conservatism.csv and
+quality.csv; online.py and ope_estimates.py make the data of the other two demonstrations.
 """
 
-import argparse
 import contextlib
 import csv
 import functools
@@ -20,7 +20,9 @@ from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
+import page
 import torch
+from page import ALPHAS, BROAD, NARROW
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "benchmarks/data"
@@ -40,8 +42,6 @@ SEEDS = (100, 101, 102)
 OFTEN = {"log_every": 250, "eval_every": 250, "eval_episodes": 50}  # 5 episodes along the way
 
 # Distribution shift and conservatism: Pendulum, one number is the action, so that Q is a curve.
-NARROW, BROAD = "pendulum/0.05-v0", "pendulum/mixed-v0"
-ALPHAS = (0, 0.1, 0.3, 1, 3, 10)
 FAST = {**SMALL, "samples": 1, "polyak": 0.05, "critic_lr": 3e-3, "actor_lr": 1e-3, "steps": 2500}
 SNAPSHOT = 250  # updates between two pictures of Q
 STATES = {  # name: angle from the upright in radians, its speed; nearby data are shown
@@ -201,12 +201,6 @@ def collect():
         print(f"{count}/{len(jobs)}, {left:.0f} min left: {', '.join(map(str, job))}", flush=True)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--page", action="store_true", help="only build the page")
-    if not parser.parse_args().page:
-        collect()
-
-
 if __name__ == "__main__":
-    main()
+    collect()
+    page.write()

@@ -30,6 +30,17 @@ ALPHAS = [0, 0.1, 0.3, 1, 3, 10]
 SEED = "100"  # of the curves of Q
 NARROW, BROAD = "pendulum/0.05-v0", "pendulum/mixed-v0"
 STATES = ["hanging, at rest", "half-way up, rising", "upright, falling", "upright, at rest"]
+LIBRARY = "window.vegaEmbed = vegaEmbed;"
+SECTION = """
+<section id="demo{i}">
+<h2>{i}. {heading}</h2>
+<p>{sentence}</p>
+<fieldset><legend>{ask}</legend><div class="controls"></div></fieldset>
+<div class="chart"></div>
+<p class="discovery">{discovery}</p>
+<p><code>{command}</code></p>
+</section>
+"""
 
 
 def read(name):
@@ -108,8 +119,6 @@ def online():
     band = base.mark_area(opacity=0.2).encode(
         x, alt.Y("low:Q", title=y, scale=scale), alt.Y2("high:Q"), colour(list(names.values()))
     )
-    last = base.transform_filter("datum.step == 8000").mark_text(align="right", dy=-10)
-    last = last.encode(x, alt.Y("return_mean:Q"), alt.Text("return_mean:Q", format=".0f"))
     final = {
         (row["method"], row["dataset"]): row["return_mean"]
         for row in means(rows, keys, "return_mean")
@@ -119,10 +128,10 @@ def online():
         f"{final['IQL', d]:.0f} from {name}" for d, name in zip(order, labels, strict=True)
     )
     return (
-        concat(band + line + last, params=[where]),
+        concat(band + line, params=[where]),
         "Online against offline",
-        "An online learner (DQN) makes one step of its own per update. An offline one (IQL) only sees "
-        "20,000 logged steps, or goes on online after half of its updates.",
+        "An online learner (DQN) makes one step of its own per update. An offline one (IQL) only "
+        "sees 20,000 logged steps, or goes on online after half of its updates.",
         f"The data decide: after 8,000 updates IQL earns {seen}; DQN, which needs no data, "
         f"{final['DQN', 'none']:.0f}. Nothing that the data lack can be learned from them.",
         "python benchmarks/online.py",
@@ -136,7 +145,9 @@ def shift():
     near = [row for row in read("nearby") if row["data"] == NARROW]
     update = slider("step", "update ", 250, 2500, 250, 2500)
     state = choice("state", "state: ", STATES, STATES[0])
+    who = choice("critic", "curve: ", ["both", *methods], methods[0])
     here = "datum.state == state"
+    shown = f"{here} && datum.update == step && (critic == 'both' || datum.method == critic)"
     x = alt.X("action:Q", title="action (torque, N m)", scale=alt.Scale(domain=[-2, 2]))
     q_title = "Q(s, a) (discounted return)"
     curves = alt.Chart(
@@ -144,12 +155,12 @@ def shift():
         title=title("'Q after ' + step + ' updates; ' + state"),
         height=260,
     )
-    curves = curves.transform_filter(f"{here} && datum.update == step")
+    curves = curves.transform_filter(shown)
     line = curves.mark_line(strokeWidth=3).encode(
         x, alt.Y("q:Q", title=q_title, scale=alt.Scale(zero=False)), colour(methods)
     )
     chosen = with_q_of_the_policy(rows, "method", "update")
-    dot = alt.Chart(chosen).transform_filter(f"{here} && datum.update == step")
+    dot = alt.Chart(chosen).transform_filter(shown)
     dot = dot.mark_point(filled=True, size=140, opacity=1).encode(
         alt.X("policy_action:Q"), alt.Y("q:Q"), colour(methods)
     )
@@ -177,12 +188,12 @@ def shift():
         concat(
             line + dot + rug(near, here),
             solid + dashed + zero + spot + label,
-            params=[update, state],
+            params=[update, state, who],
         ),
         "Distribution shift",
         "Naive Q-learning (an actor that maximises Q) on the narrow logs of an expert, 5% of whose "
-        "actions are random. Ticks: the actions in the data near this state. Dots: the policy's action. "
-        "No reward in Pendulum is above 0, so that no true Q is (line at 0).",
+        "actions are random. Ticks: the actions in the data near this state. Dots: the policy's "
+        "action. No reward in Pendulum is above 0, so that no true Q is (line at 0).",
         f"After 2,500 updates naive Q-learning believes in {naive['q_policy']:.0f} and earns "
         f"{naive['true_value']:.0f}; CQL (alpha 3) believes in {cql['q_policy']:.0f} and earns "
         f"{cql['true_value']:.0f}. One training seed.",
@@ -253,7 +264,7 @@ def conservatism():
     )
 
     def over_alpha(fields, name, heading):
-        """Lines over alpha: the first solid, the second dashed, with the numbers of the slider's."""
+        """Lines over alpha: the first solid, the second dashed, numbers where the slider is."""
         base = alt.Chart(
             table(rows, "method", "k", "label", "data", *fields), height=200, title=heading
         ).transform_filter("datum.data == data")
@@ -293,7 +304,11 @@ def conservatism():
         "Conservatism",
         "CQL adds alpha times the gap to the critic's loss: Q goes down over all actions and up at "
         "those of the data.",
-        f"On the narrow data {story}. One training seed.",
+        f"On the narrow data {story}. On the broad data alpha 10 keeps Q "
+        f"({last[BROAD, 10]['q_policy']:.0f}) below what is earned "
+        f"({last[BROAD, 10]['true_value']:.0f}), and the return of an episode rises from "
+        f"{last[BROAD, 0]['return_mean']:.0f} to {last[BROAD, 10]['return_mean']:.0f}. "
+        "One training seed.",
         "python benchmarks/demos.py",
         "Move the weight of the penalty",
     )
@@ -327,7 +342,11 @@ def quality():
     final = alt.Data(values=[row for row in curves if row["update"] == steps])
     base = alt.Chart(final, height=260, title="Final return against the noise; dashed: the data")
     base = base.transform_filter("shown == 'all' || datum.method == shown")
-    x = alt.X("noise:Q", title="controller's noise (share of random actions)")
+    x = alt.X(
+        "noise:Q",
+        title="controller's noise (share of random actions)",
+        axis=alt.Axis(values=[0, 0.2, 0.4, 0.6, 0.8, 1]),
+    )
     ends = base.mark_line(strokeWidth=3).encode(
         x, alt.Y("return_mean:Q", title=y, scale=scale), colour(methods)
     )
@@ -362,9 +381,9 @@ def quality_in_words(rows, curves, steps):
         for noise in (0.0, 0.8, 1.0)
     }
     return (
-        "The likeliest action of noisy data is still the controller's, and behaviour cloning takes it: "
-        f"at noise 0.8 the data earn {data[0.8]:.0f}, {at[0.8]}; at 1, where nothing is left to copy, "
-        f"{at[1.0]}."
+        "The likeliest action of noisy data is still the controller's, and behaviour cloning takes "
+        f"it: at noise 0.8 the data earn {data[0.8]:.0f}, {at[0.8]}; at 1, where nothing is "
+        f"left to copy, {at[1.0]}. Short runs, three seeds."
     )
 
 
@@ -379,7 +398,7 @@ def ope():
         row["judged"] = (
             "a 95% interval" if row["printed_as_95"] == "True" else "marked: not to be believed"
         )
-        row["lines"] = textwrap.wrap(row["verdict"], 56)
+        row["lines"] = textwrap.wrap(row["verdict"], 46)
     few = slider("i", "logged episodes ", 0, len(sizes) - 1, 1, 2)
     far = slider("j", "distance of the judged policy ", 0, len(names) - 1, 1, 0)
     here = "datum.i == i && datum.j == j"
@@ -426,7 +445,8 @@ def ope():
         here
     )
     ess = said.transform_calculate(
-        text="'effective sample size ' + format(datum.ess, '.1f') + ', truth ' + format(datum.truth, '.2f')"
+        text="'effective sample size ' + format(datum.ess, '.1f')"
+        " + ', truth ' + format(datum.truth, '.2f')"
     )
     left = {"align": "left", "x": 0, "fontSize": 13}
     ess = ess.mark_text(**left, y=14, fontWeight="bold").encode(text="text:N")
@@ -438,135 +458,30 @@ def ope():
     return (
         concat(interval + truth + logged + point, ess + verdict, params=[few, far]),
         "Can you believe the estimate?",
-        "ope.py judges a policy from the logs of another. Solid line: the truth; dashed: the logged "
-        "policy's return in these logs.",
-        f"Of the intervals that it prints as 95% intervals {counts[0]} hold the truth in these logs (one "
-        f"log of each size); of those that it marks {counts[1]}.",
+        "ope.py judges a policy from the logs of another. Solid line: the truth; dashed: the "
+        "logged policy's return in these logs.",
+        f"Of the intervals that it prints as 95% intervals {counts[0]} hold the truth in these "
+        f"logs (one log of each size); of those that it marks {counts[1]}.",
         "python benchmarks/ope_estimates.py",
         "Change how much was logged, and how far the policy is",
     )
 
 
 def write():
-    parts, specs = [], []
-    for number_, make in enumerate((online, shift, conservatism, quality, ope), 1):
-        chart, heading, sentence, discovery, command, ask = make()
-        spec = chart.to_dict()
-        specs.append(spec)
-        parts.append(
-            SECTION.format(
-                i=number_,
-                heading=html.escape(heading),
-                sentence=html.escape(sentence),
-                ask=html.escape(ask),
-                discovery=html.escape(discovery),
-                command=html.escape(command),
-            )
-        )
-    page = TEMPLATE.replace("@SECTIONS@", "".join(parts))
+    specs, sections = [], ""
+    for i, make in enumerate((online, shift, conservatism, quality, ope), 1):
+        chart, *texts = make()
+        specs.append(chart.to_dict())
+        names = "heading sentence discovery command ask".split()
+        texts = dict(zip(names, map(html.escape, texts), strict=True))
+        sections += SECTION.format(i=i, **texts)
+    template = (ROOT / "benchmarks/page.html").read_text()
+    page = template.replace("@SECTIONS@", sections)
     page = page.replace("@SPECS@", json.dumps(specs, separators=(",", ":")).replace("</", "<\\/"))
     page = page.replace(
         "@LIBRARY@", vl_convert.javascript_bundle(LIBRARY).replace("</script", "<\\/script")
     )
     (ROOT / "docs/index.html").write_text(page)
-
-
-LIBRARY = "window.vegaEmbed = vegaEmbed;"
-SECTION = """
-<section id="demo{i}">
-<h2>{i}. {heading}</h2>
-<p>{sentence}</p>
-<fieldset><legend>{ask}</legend><div class="controls"></div></fieldset>
-<div class="chart"></div>
-<p class="discovery">{discovery}</p>
-<p><code>{command}</code></p>
-</section>
-"""
-TEMPLATE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<link rel="icon" href="data:,">
-<title>Offline RL: five demonstrations</title>
-<style>
-:root { color-scheme: light dark; --ink: #222; --paper: #fff; --soft: #f1f3f5; --line: #0072b2; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #ddd; --paper: #15181c; --soft: #23282e; --line: #56b4e9; }
-}
-body { margin: 0 auto; padding: 1rem; max-width: 60rem; background: var(--paper);
-  color: var(--ink); font: 1.05rem/1.5 sans-serif; }
-section { margin: 3rem 0; }
-h2 { margin-bottom: 0; }
-p { max-width: 46rem; }
-fieldset { border: 0; border-radius: 0.5rem; background: var(--soft); margin: 1rem 0;
-  padding: 0.5rem 1rem 0.75rem; }
-legend { float: left; width: 100%; font-weight: bold; padding: 0; }
-.controls { clear: both; }
-.vega-bind, .vega-bind-radio { display: flex; flex-wrap: wrap; align-items: center; gap: 0 0.75rem; }
-.vega-bind { padding: 0.2rem 0; }
-.vega-bind > label { display: flex; align-items: center; gap: 0.5rem; width: 100%; flex-wrap: wrap; }
-.vega-bind-radio label { display: inline-flex; align-items: center; gap: 0.25rem; padding: 0.2rem 0; }
-.vega-bind-name { min-width: 4rem; }
-input { accent-color: var(--line); }
-input[type=range] { flex: 1 1 8rem; max-width: 24rem; height: 1.75rem; }
-input[type=radio], input[type=checkbox] { width: 1.1rem; height: 1.1rem; }
-input:focus-visible { outline: 3px solid var(--line); outline-offset: 2px; }
-#demo3 input[type=range] + span, #demo5 input[type=range] + span { display: none; }
-.discovery { border-left: 4px solid var(--line); padding-left: 0.75rem; }
-code { background: var(--soft); padding: 0.2rem 0.4rem; border-radius: 0.25rem; }
-.chart { overflow-x: auto; }
-</style>
-<h1>Offline RL: five demonstrations</h1>
-<p>Learning from logged data alone, in real runs of seven single-file implementations. Under each
-chart stands the command that makes its data again.</p>
-@SECTIONS@
-<script>@LIBRARY@</script>
-<script>
-// What the charts' own parameters cannot do: colours of the theme, widths, one column on a phone.
-const specs = @SPECS@;
-const dark = matchMedia("(prefers-color-scheme: dark)");
-const views = [];
-function config() {
-  const ink = dark.matches ? "#dddddd" : "#222222";
-  const text = { labelColor: ink, titleColor: ink, labelFontSize: 13, titleFontSize: 13 };
-  return {
-    background: "transparent", font: "sans-serif", view: { stroke: null },
-    axis: { ...text, titleFontWeight: "normal", domainColor: ink, tickColor: ink,
-      gridColor: ink, gridOpacity: 0.15 },
-    legend: { ...text, orient: "top", symbolOpacity: 1 },
-    title: { color: ink, fontSize: 14, anchor: "start" },
-    rule: { color: ink }, tick: { color: ink }, text: { color: ink, fontSize: 13 },
-  };
-}
-async function draw(i) {
-  const section = document.getElementById(`demo${i + 1}`), spec = structuredClone(specs[i]);
-  const room = section.clientWidth, two = room > 700 && spec.concat.length > 1;
-  spec.columns = two ? 2 : 1;
-  for (const panel of spec.concat) panel.width = Math.floor((two ? room / 2 : room) - 75);
-  for (const p of spec.params) if (views[i] && p.bind) p.value = views[i].signal(p.name);
-  views[i]?.finalize();
-  const bind = section.querySelector(".controls");
-  bind.replaceChildren();
-  const options = { actions: false, renderer: "svg", bind, config: config() };
-  views[i] = (await vegaEmbed(section.querySelector(".chart"), spec, options)).view;
-}
-async function drawAll() {
-  for (let i = 0; i < specs.length; i++) await draw(i);
-  document.documentElement.dataset.ready = "yes";
-}
-let width = innerWidth, waiting;
-dark.addEventListener("change", drawAll);
-addEventListener("resize", () => {
-  if (innerWidth === width) return;  // a phone hides its address bar
-  width = innerWidth;
-  clearTimeout(waiting);
-  waiting = setTimeout(drawAll, 200);
-});
-drawAll();
-</script>
-</html>
-"""
 
 
 if __name__ == "__main__":
