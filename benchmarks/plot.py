@@ -63,11 +63,12 @@ def draw(curves, path):
         for run, name, points in curves
         for step, value in points
     ]
-    base = alt.Chart(alt.Data(values=rows)).mark_line().encode(
-        alt.X("update:Q"), alt.Y("value:Q", scale=alt.Scale(zero=False)), alt.Color("run:N")
-    )  # fmt: skip
-    chart = base.properties(width=280, height=160).facet("metric:N", columns=3)
-    chart.resolve_scale(y="independent").save(path)
+    x, y = alt.X("update:Q"), alt.Y("value:Q", title=None, scale=alt.Scale(zero=False))
+    legend = alt.Legend(orient="bottom", columns=1, labelLimit=0)
+    base = alt.Chart(alt.Data(values=rows), width=280, height=160).mark_line()
+    base = base.encode(x, y, alt.Color("run:N", title=None, legend=legend))
+    chart = base.facet(alt.Facet("metric:N", title=None), columns=3).resolve_scale(y="independent")
+    chart.save(path, **({"inline": True} if path.endswith(".html") else {}))  # without network
 
 
 if __name__ == "__main__":
