@@ -164,7 +164,7 @@ def quality(ink):
     axis = alt.Axis(format=".0%", tickCount=11)
     x = alt.X("noise:Q", title="share of the data's actions that are random", axis=axis)
     scale = alt.Scale(domain=[0, 500])
-    chart = curves(rows, x, "return_mean", "return of the policy", of_method(rows), scale)
+    chart = curves(rows, x, "return_mean", "return after 1,000 updates", of_method(rows), scale)
     data = alt.Chart(alt.Data(values=rows)).mark_line(color=ink, strokeDash=[5, 4], strokeWidth=2)
     chart += data.encode(x, alt.Y("mean(data_return_mean):Q", scale=scale))
     return chart.properties(width=640, height=260)
