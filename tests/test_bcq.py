@@ -761,13 +761,6 @@ def test_box_actions_of_raw_observations(deterministic):
     assert (Policy(agent, units).act(raw.numpy(), deterministic) != action).any(1).mean() > 0.8
 
 
-def test_large_batches_are_valued_in_parts():
-    agent, sizes = continuous_agent(act_samples=3), []
-    greedy, agent.greedy = agent.greedy, lambda obs: sizes.append(len(obs)) or greedy(obs)
-    assert agent.act(torch.randn(2500, 3)).shape == (2500, 1)
-    assert sizes == [1000, 1000, 500]
-
-
 def test_the_evaluation_is_reproducible_although_the_policy_samples():
     make_env = lambda: gym.make("Pendulum-v1", max_episode_steps=20)  # noqa: E731
     units = Units(make_env().observation_space, make_env().action_space)
@@ -813,25 +806,6 @@ def test_the_defaults():
     args = Args()
     assert (args.soft_min, args.target_samples, args.act_samples) == (0.75, 10, 100)  # the paper's
     assert (args.threshold, args.phi) == (0.5, 0.2)  # our own
-
-
-@pytest.mark.parametrize(
-    ("flag", "values"),
-    [
-        ("threshold", (-0.1, 1.1, math.nan)),
-        ("soft_min", (-0.1, 1.5, math.nan)),
-        ("phi", (-0.1, math.nan, math.inf)),
-        ("target_samples", (0,)),
-        ("act_samples", (0,)),
-        ("vae_hidden", ((8, 0),)),
-    ],
-)
-def test_wrong_flags_are_one_clear_line(flag, values, tmp_path):
-    for value in values:
-        args = Args(**{flag: value}, out_dir=str(tmp_path), dataset_id=("pendulum/expert-v0",))
-        with pytest.raises(bcq.UserError, match=f"--{flag.replace('_', '-')}"):
-            bcq.main(args)
-    assert not any(tmp_path.iterdir())
 
 
 # ---- Learning on the built-in data, default flags ----

@@ -159,13 +159,7 @@ def test_observations_are_flat_as_gymnasium_flattens_each_step(monkeypatch, spac
     assert np.array_equal(data.transitions.next_obs, flat[[1, 2, 3, 4, 5, 7, 8]])
 
 
-def test_observations_of_the_wrong_number_are_an_error_not_broadcast():
-    """One observation without the batch axis would otherwise pass for N observations of size 1."""
-    units = cql.Units(spaces.Box(-1, 1, (3,), np.float32), UNIT)
-    assert units.obs(np.zeros((5, 3))).shape == (5, 3)
-    for wrong in (np.zeros(3), np.zeros((5, 1)), np.zeros((3, 2))):
-        with pytest.raises(UserError, match=re.escape(f"{wrong.shape} are not (N, 3)")):
-            units.obs(wrong)
+def test_actions_of_the_wrong_number_are_an_error_not_broadcast():
     with pytest.raises(RuntimeError):
         cql.Units(LINE, spaces.Box(-1, 1, (3,), np.float32)).action(np.zeros((5, 1)))
 
@@ -252,6 +246,7 @@ BROKEN = {  # id: (what episode 1 has, what the message says)
     "observation x 1e300": ({"observations": nan((4, 1), 1, 1e300)}, "step 1: the observation is"),
     "NaN reward": ({"rewards": nan(3, 1)}, "step 1: the reward is NaN"),
     "infinite reward": ({"rewards": nan(3, 2, -np.inf)}, "step 2: the reward is NaN, inf"),
+    "observation 1e39": ({"observations": nan((4, 1), 3, 1e39)}, "step 3: the observation is NaN"),
     "reward 1e300": ({"rewards": nan(3, 2, 1e300)}, "step 2: the reward .*beyond 1e30"),
     "NaN action": ({"actions": nan((3, 1), 1)}, "step 1: the action is not in Box"),
     "infinite action": ({"actions": nan((3, 1), 0, np.inf)}, "step 0: the action is not in Box"),
@@ -341,6 +336,12 @@ NO_STEPS |= {"terminations": np.zeros(0, bool), "truncations": np.zeros(0, bool)
     ("changed", "message"),
     [
         (NO_STEPS, "1 observations need T = 0"),
+        ({"observations": None}, "object observations of shape"),
+        ({"observations": "text"}, "<U4 observations of shape"),
+        ({"observations": [[0], [0, 1], [0], [0]]}, "ValueError"),
+        ({"observations": np.zeros((4, 1), complex)}, "complex128 observations"),
+        ({"actions": None}, "TypeError"),
+        ({"truncations": None}, r"4 observations need T = 3; .*\(\)"),
         ({"observations": np.array([["a"]] * 4)}, "<U1 observations of shape .* are not of Box"),
         ({"rewards": np.array(["1", "2", "3"])}, "must be plain numbers"),
         ({"rewards": np.array([1, None, 3], dtype=object)}, "must be plain numbers"),
@@ -361,6 +362,11 @@ def test_what_minari_itself_would_not_store(monkeypatch, changed, message):
         (LINE, spaces.Box(-np.inf, np.inf, (1,)), "bounded Box of floats, not Box"),
         (LINE, spaces.Box(0, np.inf, (1,)), "bounded Box of floats, not Box"),
         (LINE, spaces.Box(1, 1, (1,)), "bounded Box of floats, not Box"),
+        (LINE, spaces.Discrete(10**7), "spaces must have 1 to 100,000 numbers"),
+        (LINE, spaces.Box(-1, 1, (0,)), "spaces must have 1 to 100,000 numbers"),
+        (spaces.Discrete(10**7), UNIT, "spaces must have 1 to 100,000 numbers"),
+        (spaces.Box(-1, 1, (0,)), UNIT, "spaces must have 1 to 100,000 numbers"),
+        (spaces.Text(5), UNIT, "episode 0: observations of Text"),
         (LINE, spaces.MultiDiscrete([2, 3]), r"must be .*, not MultiDiscrete\(\[2 3\]\)"),
         (LINE, spaces.MultiBinary(3), r"must be .*, not MultiBinary\(3\)"),
         (LINE, spaces.Dict(a=UNIT), "actions must be .*, not Dict"),
@@ -380,6 +386,15 @@ def test_spaces_that_are_not_supported(monkeypatch, observation_space, action_sp
         broken = [episode(observations=samples)]
         from_memory(monkeypatch, broken, observation_space, action_space)
     one_line(error)
+
+
+@pytest.mark.parametrize(
+    "its_spaces",
+    [(None, UNIT), (LINE, None), (spaces.Dict(), UNIT), (spaces.Sequence(LINE), UNIT)],
+)
+def test_spaces_that_are_none(monkeypatch, its_spaces):
+    with pytest.raises(UserError, match=r"^dataset lab/pump-v0: (Attr|Value|spaces)"):
+        from_memory(monkeypatch, [episode()], *its_spaces)
 
 
 def test_a_dataset_without_episodes(monkeypatch):

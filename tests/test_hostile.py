@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from test_data import LINE, UNIT, episode, nan
+from test_data import LINE, UNIT, episode
 from test_run import ROOT, args_for, interrupted, module, start, stored, stored_root
 
 import awac
@@ -44,74 +44,31 @@ def check_files(folder):
         assert isinstance(torch.load(path, weights_only=True), dict)
 
 
-# ---- Flags, the environment's and the dataset's id ----
+# ---- Flags; the numbers' ranges are in test_run.py, datasets in test_data.py ----
 
-HUGE = 10**30
 RANGE = "it must lie in"
 FLAGS = [  # (file, flags, message)
-    ("cql.py", {"alpha": math.nan}, "--alpha nan: it must lie in 0 to 1e"),
-    ("cql.py", {"alpha": math.inf}, f"--alpha inf: {RANGE}"),
-    ("cql.py", {"alpha": -1.0}, f"--alpha -1.0: {RANGE}"),
-    ("cql.py", {"bc_weight": math.nan}, f"--bc-weight nan: {RANGE}"),
-    ("cql.py", {"target_gap": math.nan}, f"--target-gap nan: {RANGE}"),
-    ("cql.py", {"samples": 0}, f"--samples 0: {RANGE}"),
-    ("cql.py", {"seed": -1}, f"--seed -1: {RANGE}"),
-    ("cql.py", {"seed": HUGE}, f"--seed 1{'0' * 30}: {RANGE}"),
-    ("cql.py", {"steps": 0}, f"--steps 0: {RANGE}"),
-    ("cql.py", {"steps": HUGE}, rf"--steps \d+: {RANGE}"),
-    ("cql.py", {"steps": 1.5}, "--steps 1.5: a whole number"),
-    ("cql.py", {"log_every": 0}, f"--log-every 0: {RANGE}"),
-    ("cql.py", {"eval_every": -1}, f"--eval-every -1: {RANGE}"),
-    ("cql.py", {"eval_episodes": 10**9}, f"--eval-episodes 1000000000: {RANGE}"),
-    ("cql.py", {"batch_size": 10**9}, f"--batch-size 1000000000: {RANGE}"),
-    ("cql.py", {"hidden": (8, 0)}, rf"--hidden \(8, 0\): {RANGE}"),
-    ("cql.py", {"hidden": (10**9,)}, rf"--hidden \(1000000000,\): {RANGE}"),
-    ("cql.py", {"hidden": (8.5,)}, r"--hidden \(8.5,\): a whole number"),
-    ("cql.py", {"hidden": 8}, "--hidden 8: one or more values"),
-    ("cql.py", {"critic_lr": math.nan}, f"--critic-lr nan: {RANGE}"),
-    ("cql.py", {"actor_lr": 2.0}, f"--actor-lr 2.0: {RANGE}"),
-    ("cql.py", {"gamma": 1.0}, f"--gamma 1.0: {RANGE}"),
-    ("cql.py", {"gamma": -math.inf}, f"--gamma -inf: {RANGE}"),
-    ("cql.py", {"polyak": 0.0}, f"--polyak 0.0: {RANGE}"),
-    ("cql.py", {"reward_scale": 0.0}, f"--reward-scale 0.0: {RANGE}"),
-    ("cql.py", {"reward_scale": math.nan}, f"--reward-scale nan: {RANGE}"),
+    ("cql.py", {"alpha": math.nan}, f"--alpha nan: {RANGE} 0 to 1e"),
+    ("cql.py", {"eval_episodes": 10**9}, f"--eval-episodes 1000000000: {RANGE} 0 to 10000"),
+    ("cql.py", {"hidden": 8}, "--hidden 8: one or more values are needed, as a tuple"),
+    ("cql.py", {"target_gap": 1.0, "alpha": 0.0}, "--target-gap learns alpha from --alpha on"),
     ("cql.py", {"reward_scale": "return-rang"}, "--reward-scale return-rang: TypeError"),
-    ("cql.py", {"reward_shift": math.inf}, f"--reward-shift inf: {RANGE}"),
-    ("iql.py", {"beta": math.inf}, f"--beta inf: {RANGE}"),
-    ("iql.py", {"expectile": 1.0}, f"--expectile 1.0: {RANGE}"),
-    ("iql.py", {"online_steps": -1}, f"--online-steps -1: {RANGE}"),
-    ("awac.py", {"lam": 0.0}, f"--lam 0.0: {RANGE}"),
-    ("bc.py", {"top_fraction": 0.0}, f"--top-fraction 0.0: {RANGE}"),
-    ("bc.py", {"held_out": math.nan}, f"--held-out nan: {RANGE}"),
-    ("mopo.py", {"penalty": math.inf}, f"--penalty inf: {RANGE}"),
-    ("mopo.py", {"conservative": math.nan}, f"--conservative nan: {RANGE}"),
-    ("mopo.py", {"real_ratio": 1.1}, f"--real-ratio 1.1: {RANGE}"),
     ("mopo.py", {"conservative": 1.0, "real_ratio": 0.0}, "--conservative needs real"),
     ("cql.py", {"device": "gpu"}, "--device gpu: RuntimeError"),
     ("cql.py", {"device": "cuda:99"}, "--device cuda:99: "),
     ("cql.py", {"env_id": "NoSuchEnv-v0"}, "environment NoSuchEnv-v0 .*--eval-episodes 0"),
     ("cql.py", {"env_id": "os:system"}, "environment os:system "),
     ("cql.py", {"env_id": "CartPole-v1"}, "environment CartPole-v1 .*not those of the data"),
+    ("cql.py", {"env_id": "MountainCar-v0"}, "environment MountainCar-v0 .*not those of the data"),
     ("cql.py", {"out_dir": "/dev/null/runs"}, "--out-dir /dev/null/runs: NotADirectoryError"),
     ("cql.py", {"out_dir": "x" * 300}, "--out-dir x+: OSError"),
     ("cql.py", {"out_dir": "\0"}, "--out-dir .*: ValueError"),
     ("cql.py", {"resume": "nothing"}, "nothing: not a run of cql.py: no readable checkpoint"),
     ("cql.py", {"dataset_id": ()}, r"--dataset-id \(\): one or more"),
+    ("cql.py", {"dataset_id": "lab/box-v0"}, "--dataset-id lab/box-v0: one or more .*, as a tuple"),
     ("cql.py", {"dataset_id": ("",)}, "dataset : the id needs a version"),
     ("cql.py", {"dataset_id": ("lab",)}, "dataset lab: the id needs a version"),
-    ("cql.py", {"dataset_id": ("cartpole/medum-v0",)}, "dataset cartpole/medum-v0: not on disk"),
-    ("cql.py", {"dataset_id": ("pendulum/1.0-v0",)}, "dataset pendulum/1.0-v0: not on disk"),
-    ("cql.py", {"dataset_id": ("lab/box-v0[80%]",)}, r"dataset lab/box-v0\[80%\]: a part is"),
-    (
-        "cql.py",
-        {"dataset_id": ("lab/box-v0[9%:9%]",)},
-        "dataset lab/box-v0.*: a part is written in whole percent",
-    ),
-    (
-        "cql.py",
-        {"dataset_id": ("lab/box-v0[99%:",)},
-        "dataset lab/box-v0.*: a part is written in whole percent",
-    ),
+    ("cql.py", {"dataset_id": ("pendulum/mixd-v0",)}, "dataset pendulum/mixd-v0: not on disk"),
     ("cql.py", {"dataset_id": ("lab/box-v0", "lab/discrete-v0")}, "dataset lab/discrete-v0: its"),
 ]
 
@@ -138,86 +95,11 @@ def test_an_online_phase_without_environment_is_known_before_the_training(tmp_pa
 # ---- Datasets ----
 
 
-def dictionary(**parts):
-    return {name: np.zeros((n, 1), np.float32) for name, n in parts.items()}
-
-
-AB = spaces.Dict(a=LINE, b=LINE)
-EPISODES = [  # (what the third episode has, its spaces, message after dataset and episode)
-    ({"observations": None}, DATA, "object observations of shape"),
-    ({"observations": "text"}, DATA, "<U4 observations of shape"),
-    ({"observations": np.zeros((3, 1))}, DATA, "3 observations need T = 2"),
-    (
-        {"observations": np.zeros((4, 2))},
-        DATA,
-        r"float64 observations of shape \(2,\) are not of Box",
-    ),
-    ({"observations": [[0], [0, 1], [0], [0]]}, DATA, "ValueError"),
-    ({"observations": np.zeros((4, 1), complex)}, DATA, "complex128 observations"),
-    ({"observations": nan((4, 1), 3)}, DATA, "step 3: the observation is NaN"),
-    ({"observations": nan((4, 1), 3, 1e39)}, DATA, "step 3: the observation is NaN or infinite"),
-    ({"observations": dictionary(a=4, c=4)}, (AB, UNIT), "KeyError: 'b'"),
-    ({"observations": dictionary(a=4, b=3)}, (AB, UNIT), "ValueError"),
-    ({"actions": None}, DATA, "TypeError"),
-    ({"actions": np.zeros((3, 2))}, DATA, r"4 observations need T = 3; .*\(3, 2\)"),
-    ({"actions": np.full((3, 1), 1.01)}, DATA, "step 0: the action is not in Box"),
-    ({"actions": nan((3, 1), 1)}, DATA, "step 1: the action is not in Box"),
-    ({"actions": np.array([0, 1, 2])}, (LINE, spaces.Discrete(2)), "step 2: .* not in Discrete"),
-    ({"rewards": np.array([1, 2, "a"])}, DATA, ".*must be plain numbers"),
-    ({"rewards": np.zeros((3, 1))}, DATA, r"4 observations need T = 3; .*\(3, 1\)"),
-    ({"rewards": nan(3, 1, -np.inf)}, DATA, "step 1: the reward is NaN, infinite"),
-    ({"rewards": nan(3, 1, 1e300)}, DATA, "step 1: the reward .*beyond 1e30"),
-    ({"terminations": nan(3, 0, 0.5)}, DATA, "step 0: the end flags must be 0 or 1"),
-    ({"terminations": nan(3, 0, 1)}, DATA, "step 0: the episode ends here and yet goes on"),
-    ({"truncations": np.zeros(3)}, DATA, "step 2: the end is neither"),
-    ({"truncations": None}, DATA, r"4 observations need T = 3; .*\(\)"),
-    ({"infos": {"behavior_log_prob": np.zeros(2)}}, DATA, r"4 observations .*\(2,\)"),
-    ({"infos": {"behavior_log_prob": np.array(list("abc"))}}, DATA, ".*must be plain numbers"),
-]
-SPACES = [  # (observation space, action space, message after the dataset)
-    (None, UNIT, "AttributeError"),
-    (LINE, None, "AttributeError"),
-    (LINE, spaces.Box(0, 9, (1,), np.int64), "actions must be Discrete or a bounded Box of floats"),
-    (LINE, spaces.Box(0, np.inf, (1,)), "actions must be Discrete or a bounded Box of floats"),
-    (LINE, spaces.Box(1, 1, (1,)), "actions must be Discrete or a bounded Box of floats"),
-    (LINE, spaces.MultiDiscrete([2, 2]), "actions must be Discrete or a bounded Box"),
-    (LINE, spaces.Discrete(10**7), "spaces must have 1 to 100,000 numbers"),
-    (LINE, spaces.Box(-1, 1, (0,)), "spaces must have 1 to 100,000 numbers"),
-    (spaces.Discrete(10**7), UNIT, "spaces must have 1 to 100,000 numbers"),
-    (spaces.Box(-1, 1, (0,)), UNIT, "spaces must have 1 to 100,000 numbers"),
-    (spaces.Dict(), UNIT, "spaces must have 1 to 100,000 numbers"),
-    (spaces.Sequence(LINE), UNIT, "ValueError"),
-    (spaces.Text(5), UNIT, "episode 0: observations of Text"),
-    (spaces.Box(0, 255, (4, 4), np.uint8), UNIT, "episode 0: .*images: store features"),
-]
-
-
 def train_on(monkeypatch, tmp_path, file, episodes, its_spaces=DATA, reference=None, **flags):
     source = episodes, its_spaces, None, reference
     monkeypatch.setattr(module(file), "open_dataset", lambda name: source)
     args = args_for(file, "box", tmp_path / "out", dataset_id=("lab/pump-v0",), **flags)
     return module(file).main(args)
-
-
-@pytest.mark.parametrize(("changed", "its_spaces", "message"), EPISODES)
-def test_episodes(changed, its_spaces, message, monkeypatch, tmp_path):
-    good = {}
-    if its_spaces[0] is AB:
-        good["observations"] = dictionary(a=4, b=4)
-    if its_spaces[1] is not UNIT:
-        good["actions"] = np.zeros(3, int)
-    episodes = [episode(**good), episode(**good), episode(**good | changed)]
-    call = lambda: train_on(monkeypatch, tmp_path, "cql.py", episodes, its_spaces)  # noqa: E731
-    refuse(call, f"^dataset lab/pump-v0: episode 2: {message}", tmp_path)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(("observation_space", "action_space", "message"), SPACES)
-def test_spaces(observation_space, action_space, message, monkeypatch, tmp_path):
-    its_spaces = observation_space, action_space
-    call = lambda: train_on(monkeypatch, tmp_path, "cql.py", [episode()], its_spaces)  # noqa: E731
-    refuse(call, f"^dataset lab/pump-v0: {message}", tmp_path)
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("file", ["cql.py", "iql.py", "awac.py", "mopo.py"])

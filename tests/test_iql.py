@@ -548,13 +548,3 @@ def test_a_resumed_online_phase_ends_bitwise_the_same(
     flags = {"steps": 30, "log_every": 10, "eval_every": 20, "eval_episodes": 10, "hidden": (8,)}
     kill_at, flags["online_steps"] = 25 + online, online
     resumes_bitwise(module, (dataset,), 31, kill_at, tmp_path, monkeypatch, **flags)
-
-
-@pytest.mark.parametrize("module", BOTH)
-def test_an_online_phase_without_environment_is_an_error_before_the_first_update(
-    module, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(module.Agent, "update", None)
-    args = module.Args(online_steps=5, eval_episodes=0, out_dir=str(tmp_path))
-    with pytest.raises(module.UserError, match="--online-steps needs an environment"):
-        module.main(args)

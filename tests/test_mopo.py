@@ -1012,26 +1012,10 @@ def test_discrete_actions_are_one_clear_line_and_leave_no_folder(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize(
-    ("flags", "name"),
-    [
-        ({"penalty": -1.0}, "--penalty"),
-        ({"conservative": -1.0}, "--conservative"),
-        ({"conservative": 1.0, "real_ratio": 1.0}, "--real-ratio"),
-        ({"conservative": 1.0, "real_ratio": 0.0}, "--real-ratio"),
-        ({"real_ratio": 1.1}, "--real-ratio"),
-        ({"rollout_length": 0}, "--rollout-length"),
-        ({"rollout_starts": 0}, "--rollout-starts"),
-        ({"rollout_every": 0}, "--rollout-every"),
-        ({"model_epochs": 0}, "--model-epochs"),
-        ({"terminal_updates": 0}, "--terminal-updates"),
-        ({"model_hidden": (8, 0)}, "--model-hidden"),
-    ],
-)
-def test_wrong_flags_are_one_clear_line(flags, name):
-    with pytest.raises(mopo.UserError, match=name):
-        mopo.start(args := Args(**flags))
-        Agent(units(), args)
+@pytest.mark.parametrize("real_ratio", [0.0, 0.001, 0.999, 1.0])
+def test_combo_needs_real_and_imagined_transitions_in_each_batch(real_ratio):
+    with pytest.raises(mopo.UserError, match="--real-ratio"):
+        make_agent(conservative=1.0, real_ratio=real_ratio)
 
 
 @cache

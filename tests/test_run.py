@@ -816,41 +816,10 @@ def test_every_number_has_a_range_that_the_message_names(file):
                 check(Args(**{field.name: 8}))
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ({"dataset_id": ()}, r"--dataset-id \(\): one or more values are needed, as a tuple"),
-        ({"dataset_id": "lab/box-v0"}, "--dataset-id lab/box-v0: one or more .* as a tuple"),
-        ({"dataset_id": ("pendulum/mixd-v0",)}, r"dataset pendulum/mixd-v0: .*\{random,medium"),
-        ({"env_id": "NoSuchEnv-v0"}, "environment NoSuchEnv-v0 .*doesn't exist"),
-        ({"env_id": "MountainCar-v0"}, "environment MountainCar-v0 .*: its spaces are not those"),
-        ({"device": "nonsense"}, "--device nonsense: RuntimeError"),
-        ({"device": "cuda" if not torch.cuda.is_available() else "mps"}, "--device (cuda|mps): "),
-        ({"out_dir": "a file"}, "--out-dir a file: "),
-        ({"out_dir": "/proc/nothing"}, "--out-dir /proc/nothing: "),
-        ({"target_gap": 1.0, "alpha": 0.0}, "--target-gap learns alpha from --alpha on"),
-    ],
-)
-def test_other_wrong_flags_are_one_line_and_leave_no_folder(flags, message):
-    Path("a file").write_text("")
-    with pytest.raises(UserError, match=f"^{message}") as caught:
-        cql.main(args_for("cql.py", "box", **{"out_dir": "out"} | flags))
-    one_line(caught)
-    assert [x.name for x in Path().iterdir()] == ["a file"]
-
-
 @pytest.mark.parametrize("file", TRAINING)
 def test_the_command_line_prints_errors_as_one_line(file):
     assert "--steps 0: it must lie in 1 to 1e+09" in exit_line(file, ["--steps", "0"])
     assert "pendulum/mixd-v0" in exit_line(file, ["--dataset-id", "pendulum/mixd-v0"])
-
-
-def test_files_for_box_actions_say_so(tmp_path):
-    mopo = module("mopo.py")
-    with pytest.raises(mopo.UserError, match="Discrete") as caught:
-        mopo.main(args_for("mopo.py", "discrete", tmp_path / "out"))
-    one_line(caught)
-    assert not (tmp_path / "out").exists()
 
 
 def test_two_runs_of_the_same_microsecond_do_not_mix(usual, tmp_path, monkeypatch):
