@@ -43,8 +43,7 @@ actions (Discrete), E members of FQE, K actions that stand for pi in a state, B 
 Differs from the papers:
   D1 RIS is weighted and per decision. A tenth of the episodes is held out, for early stopping.
   D2 Q in (6) to (8) is cross-fitted: of members that have not seen the episode.
-  D3 At most 25 of the g_j. The 50% interval is the normal one, by Omega: no bootstrap in each of
-     the bootstrap's resamples.
+  D3 At most 25 of the g_j. The 50% interval is the normal one, by Omega, not bootstrapped.
   D4 Q knows the steps to go and is (1 + gamma + ... + gamma^(h-1)) times a value per step, in units
      of the logged returns, as are the errors: a network need not first grow to the level of Q. As
      Q_h learns from Q_{h-1} alone, there is no target network. 8 members: 4 random halves of the
@@ -144,9 +143,8 @@ def evaluate_policy(policy, log, args):
     finite = np.isfinite(members).all() and np.isfinite(model_returns).all()
     require(finite, f"{policy.name}: FQE or the model diverged; a smaller --lr may help")
     report = Report(policy.name, log, policy.seen, policy.problem)
-    IS, DR, MAGIC = (
-        partial(f, gamma=log.gamma) for f in (importance_sampling, doubly_robust, magic)
-    )
+    estimators = importance_sampling, doubly_robust, magic
+    IS, DR, MAGIC = (partial(f, gamma=log.gamma) for f in estimators)
     if not policy.problem:
         log_pi = policy.log_prob(log.obs, log.transitions.action)
         ratio, ris_ratio = (log.ratio(log_pi, x) for x in (log.log_pi_b, log.estimated_log_pi_b))
@@ -333,12 +331,15 @@ def fqe(log, policy, seen, args):
     train(critic.net, loss, [torch.nonzero(x[log.episode])[:, 0] for x in seen.T], args)
 
     @torch.no_grad()
-    def of_all(f, *arrays):  # f (M, E), by every member
-        return chunked(lambda *x: f(*(y.expand(E, *y.shape) for y in x)).T, *arrays).double()
+    def of_all(f, size, *arrays):  # f (M, E), by every member
+        every = chunked(lambda *x: f(*(y.expand(E, *y.shape) for y in x)).T, *arrays, size=size)
+        return every.double()
 
     h = (log.horizon - log.step).clamp(min=0)  # beyond the horizon: 0 steps to go, not used
-    q = of_all(critic, log.obs, log.action, h)
-    v = of_all(critic.value, log.obs, *policy.support(log.obs), h)
+    q = of_all(critic, 10_000, log.obs, log.action, h)
+    v = of_all(
+        critic.value, 10_000 // next_weight.shape[1] + 1, log.obs, *policy.support(log.obs), h
+    )
     unseen, first = ~seen[log.episode], v[log.first].cpu().numpy()
     q, v = (log.padded((x * unseen).sum(1).div(E / 2).cpu().numpy()) for x in (q, v))
     return q, np.pad(v, ((0, 0), (0, 1))), first
@@ -472,18 +473,19 @@ def weight_summary(ratio):
 
 def weight_problem(weights):
     """Why ratios say nothing, or "" (rule 2 of `verdict`)."""
-    ess, largest, problem = weights.sizes[-1], weights.largest, ""
+    ess, w = weights.sizes[-1], weights.mean
     known, enough = ((weights.sizes >= size).sum() for size in (1e-9, 50))
     if not ess:
         problem = f"no overlap: no logged episode follows the policy for more than {known} steps"
         enough = known
-    elif weights.mean > 10 or abs(weights.mean - 1) > 3 * weights.error + 1e-3:
-        return (
-            f"weights average {weights.mean:.2g}, not 1: logs lack what it does, or pi_b is wrong"
-        )
-    elif ess < 10 or largest > 0.5:
-        problem = f"effective sample size {ess:.1f}, the largest weight {largest:.0%} of their sum"
-    return f"{problem}; try --horizon {enough}" if problem and enough else problem
+    elif w > 10 or abs(w - 1) > 3 * weights.error + 1e-3:
+        return f"weights average {w:.2g}, not 1: logs lack what it does, or pi_b is wrong"
+    elif ess >= 10 and weights.largest <= 0.5:
+        return ""
+    else:
+        share = f"the largest weight {weights.largest:.0%} of their sum"
+        problem = f"effective sample size {ess:.1f}, {share}"
+    return f"{problem}; try --horizon {enough}" if enough else problem
 
 
 def student_t_bound(x, confidence=0.95):
@@ -514,19 +516,18 @@ def hcope_bound(x, confidence=0.95, seed=0):
 def lower_bounds(log, ratio, problem):
     """{name: 95% lower bound of J}, from (2). Contributions must be >= 0: rewards are shifted by
     the lowest that can occur, which is taken back as E[w_t] = 1."""
-    lowest, known = log.args.lowest_reward, log.reward.min()
-    require(
-        lowest is None or lowest <= known, f"--lowest-reward {lowest}: the logs have {known:.4g}"
-    )
-    unknown = f", if no reward is below {known:.4g}, the lowest logged one" * (lowest is None)
-    lowest = min(0.0, known if lowest is None else lowest)  # 0 is what is earned after the end
+    known, lowest, condition = log.reward.min(), log.args.lowest_reward, ""
+    if lowest is None:
+        lowest, condition = known, f", if no reward is below {known:.4g}, the lowest logged one"
+    require(lowest <= known, f"--lowest-reward {lowest}: the logs have {known:.4g}")
+    lowest = min(0.0, lowest)  # 0 is what is earned after the end
     discounts = log.gamma ** np.arange(log.horizon)
     with np.errstate(invalid="ignore"):  # weights that overflow
         x = (step_weights(ratio) * (log.reward - lowest)) @ discounts
     shift = lowest * discounts.sum()
     bounds = {} if problem else {"PDIS, Student's t": student_t_bound(x) + shift}
     if log.n >= 40 and np.isfinite(x).all():
-        bounds[f"HCOPE{unknown}"] = hcope_bound(x) + shift
+        bounds[f"HCOPE{condition}"] = hcope_bound(x) + shift
     return bounds
 
 
@@ -551,10 +552,8 @@ def verdict(report):
     does not hold 0."""
     e, log = report.estimates, report.log
     if report.seen:
-        return (
-            "trained on these very episodes, so that every estimate is too good: believe none; "
-            "train on --dataset-id 'ID[:80%]' and judge by the rest"
-        )
+        return ("trained on these very episodes, so that every estimate is too good: believe none; "
+                "train on --dataset-id 'ID[:80%]' and judge by the rest")  # fmt: skip
     slack = 0.02 * abs(log.returns.mean()) + 3 * log.returns.std() / math.sqrt(log.n)
     missed = {name: x for name, x in log.errors.items() if not abs(x) <= slack}
     lost = [f"{name} misses the logged policy by {x:+.3g}: no vote" for name, x in missed.items()]
@@ -566,11 +565,8 @@ def verdict(report):
             return f"{'; '.join([report.problem, *lost])}: believe none of these"
         return f"{report.problem}; FQE and the model agree: a hint, no more: FQE, {gain(e['FQE'])}"
     votes = ["PDWIS", "WDR"] if "FQE" in missed else ["PDWIS", "WDR", "FQE"]
-    apart = [
-        f"{a} and {b} disagree"
-        for a, b in combinations(votes, 2)
-        if max(e[a].low, e[b].low) > min(e[a].high, e[b].high)
-    ]
+    pairs = [(e[a], e[b], f"{a} and {b} disagree") for a, b in combinations(votes, 2)]
+    apart = [line for a, b, line in pairs if max(a.low, b.low) > min(a.high, b.high)]
     ess, all_agree = report.weights.sizes[-1], "FQE" in votes and not apart
     found = [*lost, *apart] or ["PDWIS, WDR and FQE agree"]
     found = "; ".join([*found, f"effective sample size {ess:.0f} of {log.n}"])
@@ -644,9 +640,9 @@ class Log:
             logged = logged + self.units.half_range.log().sum().item()
             edge = (self.transitions.action.abs() >= EDGE).any(1).cpu().numpy()
             logged = np.where(edge, np.nan, logged)  # D6: a mass, whatever has been logged
-        wrong = (logged == -np.inf) | (self.units.discrete & (logged > 1e-6))
+        wrong = np.isinf(logged) | (self.units.discrete & (logged > 1e-6))
         i = wrong.argmax()
-        what = "zero probability of" if logged[i] < 0 else "a probability above 1 for"
+        what = "zero probability of" if logged[i] < 0 else "too high a probability of"
         where = f"episode {self.episode[i].item()}, step {self.step[i].item()}"
         require(not wrong[i], f"{where}: behavior_log_prob gives {what} the logged action")
         missing = np.isnan(logged).mean()
@@ -701,7 +697,10 @@ class Target:
 
     @torch.no_grad()
     def sample(self, obs):
-        return self.pi(obs).sample()
+        with foreign(self.name):
+            action = self.pi(obs).sample()
+            require(action.isfinite().all(), "its actions are NaN")
+        return action
 
     def act(self, obs):
         """Raw observations (N, O) -> actions (N, ...) for env.step."""
@@ -710,20 +709,31 @@ class Target:
     @torch.no_grad()
     def log_prob(self, obs, action):
         """(M,) as float64 array."""
-        log_prob = chunked(lambda *x: self.pi(x[0]).log_prob(x[1]), obs, action)
-        log_prob = log_prob.double().cpu().numpy()
-        known = log_prob.shape == (len(obs),) and (log_prob < np.inf).all()  # not so NaN
-        require(known, f"{self.name}: log pi(a|s) of a logged action is not a number")
-        return log_prob
+        with foreign(self.name):
+            log_prob = chunked(lambda *x: self.pi(x[0]).log_prob(x[1]), obs, action)
+            known = log_prob.shape == (len(obs),) and (log_prob < math.inf).all()  # not so NaN
+            require(known, "log pi(a|s) of a logged action is not a number")
+        return log_prob.double().cpu().numpy()
 
     @torch.no_grad()
     def support(self, obs):
         """Actions (N, K, A) and weights (N, K) that make up E_{a~pi}: all, one-hot, or samples."""
         if self.units.discrete:
-            p = chunked(lambda x: self.pi(x).probs.float(), obs)
+            with foreign(self.name):
+                p = chunked(lambda x: self.pi(x).probs.float(), obs)
             return torch.eye(p.shape[1], device=p.device).expand(len(p), -1, -1), p
         actions = torch.stack([chunked(self.sample, obs) for _ in range(self.samples)], 1)
         return actions, torch.full_like(actions[..., 0], 1 / self.samples)
+
+
+@contextmanager
+def foreign(name):
+    """Code that is not ours: whatever it does wrong, even an end of the program, is one line."""
+    with blaming(name):
+        try:
+            yield
+        except SystemExit as error:
+            raise UserError("it calls exit") from error
 
 
 def chunked(f, *arrays, size=10_000):
@@ -766,7 +776,8 @@ class Probabilities(Categorical):
 
 
 class InUnits:
-    """A torch Distribution over Box actions in the environment's units, as one in the networks'."""
+    """A torch Distribution over Box actions in the environment's units as a law in the networks',
+    which ends at the bounds: an edge has its density there times the edge's width."""
 
     def __init__(self, pi, units):
         self.pi, self.units = pi, units
@@ -776,8 +787,9 @@ class InUnits:
 
     def log_prob(self, action):
         env_action = torch.as_tensor(self.units.env_action(action.clamp(-EDGE, EDGE)))
-        log_prob = self.pi.log_prob(env_action).reshape(len(action), -1).sum(1)
-        return log_prob.to(action.device) + self.units.half_range.log().sum()
+        log_prob = self.pi.log_prob(env_action).reshape(len(action), -1).sum(1).to(action.device)
+        edges = (action.abs() >= EDGE).sum(1)
+        return log_prob + self.units.half_range.log().sum() + edges * math.log(1 - EDGE)
 
 
 def certain(action, units):
@@ -816,53 +828,61 @@ def run_policy(name, policy, args, seen):
 
 
 def user_policy(name, units, args):
-    """The Target of FILE.py:NAME. Whatever fails in the user's code is one line that names it."""
+    """The Target of FILE.py:NAME."""
     deterministic, function = args.policy_mode == "deterministic", load_function(name)
+    problem = NO_DENSITY * (deterministic and not units.discrete)
 
-    def pi(obs):
-        with blaming(f"--policy {name}"):
-            answer = function(obs.cpu())
-            if units.discrete:
-                p = torch.as_tensor(answer, dtype=torch.float64, device=obs.device)
-                shape, needed = tuple(p.shape), (len(obs), units.action_dim)
-                require(shape == needed, f"probabilities of shape {shape}, not {needed}")
-                good = (p >= 0).all(1) & ((p.sum(1) - 1).abs() < 1e-4)  # not so NaN
-                first = p[good.int().argmin()].tolist()
-                require(good.all(), f"{first} are not probabilities: >= 0 with sum 1")
-                return certain(p.argmax(1), units) if deterministic else Probabilities(p)
-            what = f"it returns {type(answer).__name__}, not a torch Distribution"
-            require(isinstance(answer, Distribution), what)
-            if deterministic:
-                return certain(units.action(answer.mode), units)
-            normal = answer.base_dist if isinstance(answer, Independent) else answer
-            if not isinstance(normal, Normal):
-                return InUnits(answer, units)
-            mean, std = (x.to(obs.device).flatten(1) for x in (normal.mean, normal.stddev))
-            mean = (mean - units.center) / units.half_range
-            return one_gaussian(Normal(mean, std / units.half_range))
+    def probabilities(obs):
+        p = function(obs.cpu())
+        p = torch.as_tensor(getattr(p, "probs", p), dtype=torch.float64, device=obs.device)
+        shape, needed = tuple(p.shape), (len(obs), units.action_dim)
+        require(shape == needed, f"probabilities of shape {shape}, not {needed}")
+        good = (p >= 0).all(1) & ((p.sum(1) - 1).abs() < 1e-4)  # not so NaN
+        first = p[good.int().argmin()].tolist()
+        require(good.all(), f"{first} are not probabilities: >= 0 with sum 1")
+        return certain(p.argmax(1), units) if deterministic else Probabilities(p)
 
-    return Target(name, pi, units, args, NO_DENSITY * (deterministic and not units.discrete))
+    def box_law(obs):
+        pi = function(obs.cpu())
+        what = f"it returns {type(pi).__name__}, not a torch Distribution"
+        require(isinstance(pi, Distribution), what)
+        shape, needed = tuple(pi.batch_shape + pi.event_shape), units.action_space.shape
+        needed = len(obs), *needed
+        require(shape == needed, f"a Distribution of shape {shape}, not {needed}")
+        if deterministic:
+            return certain(units.action(pi.mode), units)
+        normal = pi.base_dist if isinstance(pi, Independent) else pi
+        if not isinstance(normal, Normal):
+            return InUnits(pi, units)
+        mean, std = (x.float().to(obs.device).flatten(1) for x in (normal.mean, normal.stddev))
+        require(mean.isfinite().all(), "a mean is NaN or infinite")
+        require(((std > 0) & std.isfinite()).all(), "a standard deviation is not above 0")
+        mean = (mean - units.center) / units.half_range
+        return one_gaussian(Normal(mean, std / units.half_range))
+
+    return Target(name, probabilities if units.discrete else box_law, units, args, problem)
 
 
 def load_function(name):
     """FILE.py:NAME -> the function."""
     path, _, attribute = name.rpartition(":")
-    with blaming(f"--policy {name}"):
-        missing = f"FILE.py:NAME is needed, and there is no file {path or name}"
-        require(Path(path).is_file(), missing)
+    with foreign(f"--policy {name}"):
+        there = path.endswith(".py") and Path(path).is_file()
+        require(there, f"FILE.py:NAME is needed, and there is no Python file {path or name}")
         function = getattr(import_file(path), attribute, None)
         require(callable(function), f"{path} has no function {attribute}")
     return function
 
 
 def load_run(folder, device):
-    """(Policy, Args) of a training run, by the source that was saved there."""
-    with blaming(f"--run {folder}"):
+    """Policy, Args and the rest of the data of a training run, by the source that it saved."""
+    with foreign(f"--run {folder}"):
         sources = list(Path(folder).glob("*.py"))
         complete = len(sources) == 1 and Path(folder, "checkpoint.pt").exists()
         require(complete, "not the folder of a training run")
         module = import_file(sources[0])
-        return module.load_policy(folder, device), module.read_checkpoint(folder)["args"]
+        its = module.read_checkpoint(folder)["args"]
+        return module.load_policy(folder, device), its, the_rest(its.dataset_id)
 
 
 def import_file(path):
@@ -879,17 +899,18 @@ def load(args):
     runs = {folder: load_run(folder, args.device) for folder in args.run}
     once = len(runs) == len(args.run) and len(set(args.policy)) == len(args.policy)
     require(once, "the same --run or --policy is given twice")
-    rests = {the_rest(its.dataset_id) for _, its in runs.values()}
+    rests = {rest for _, _, rest in runs.values()}
     which = "the runs have different ones" if runs else "--policy has none of its own"
     require(args.dataset_id or len(rests) == 1, f"--dataset-id is needed: {which}")
     ids = args.dataset_id or rests.pop()
     print(f"judged on {' '.join(ids)}")
     data, policies = Dataset(ids, device=args.device), []
-    for folder, (policy, its) in runs.items():
-        its_spaces = policy.units.observation_space, policy.units.action_space
-        same = its_spaces == (data.units.observation_space, data.units.action_space)
-        require(same, f"--run {folder}: its spaces are not those of the data")
-        policies.append(run_policy(folder, policy, args, overlap(its.dataset_id, ids)))
+    for folder, (policy, its, _) in runs.items():
+        with blaming(f"--run {folder}"):
+            its_spaces = policy.units.observation_space, policy.units.action_space
+            same = its_spaces == (data.units.observation_space, data.units.action_space)
+            require(same, "its spaces are not those of the data")
+            policies.append(run_policy(folder, policy, args, overlap(its.dataset_id, ids)))
         if its.env_id and not args.env_id:
             data.make_env = partial(gym.make, its.env_id)
     return data, policies + [user_policy(name, data.units, args) for name in args.policy]
@@ -983,12 +1004,8 @@ def print_report(report):
         print(f"weights: effective sample size {w.sizes[-1]:.1f} of {log.n}, mean {w.mean:.3g}"
               f"{error} (should be 1), {w.nonzero:.0%} not 0, the largest {w.largest:.0%} of all"
         )  # fmt: skip
-    gains = {
-        name: report.estimates[name].gain for name in ("WDR", "FQE") if name in report.estimates
-    }
-    gains = ", ".join(
-        "{} {:+.3g} ({:+.3g} to {:+.3g})".format(name, *x) for name, x in gains.items()
-    )
+    gains = [(k, *report.estimates[k].gain) for k in ("WDR", "FQE") if k in report.estimates]
+    gains = ", ".join("{} {:+.3g} ({:+.3g} to {:+.3g})".format(*x) for x in gains)
     print(f"the logged policy earned {log.returns.mean():.4g}; difference to that: {gains}")
     if report.bounds and not report.seen:
         bounds = ", ".join(f"{x:.4g} ({name})" for name, x in report.bounds.items())
@@ -1013,15 +1030,18 @@ def print_ranking(reports):
 
 
 def check_args(args):
-    limits = {"horizon": (1, 10**6), "gamma": (0, 1), "lowest_reward": (-(10**9), 10**9)}
+    limits = {"horizon": (1, 10**5), "gamma": (0.0, 1.0), "lowest_reward": (-1e9, 1e9)}
     limits |= {"resamples": (100, 10**6), "verify_episodes": (2, 10**6), "seed": (0, 2**32 - 1)}
     limits |= {"steps": (1, 10**9), "batch_size": (1, 10**6), "hidden": (1, 10**4)}
-    limits |= {"lr": (1e-12, 1), "action_samples": (1, 10**4)}
+    limits |= {"lr": (1e-12, 1.0), "action_samples": (1, 10**4)}
     for name, (low, high) in limits.items():
-        value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
-        for x in value if isinstance(value, tuple) else (value,):
-            inside = x is None or low <= x <= high
-            require(inside, f"{flag} {x}: it must lie in {low:g} to {high:g}")
+        value = getattr(args, name)
+        kinds = (int, float) if isinstance(low, float) else (int,)
+        with blaming(f"--{name.replace('_', '-')} {value}"):
+            for x in value if name == "hidden" else (value,):
+                if x is not None or name not in ("horizon", "lowest_reward"):
+                    require(type(x) in kinds, "a number is needed, a whole one if it counts")
+                    require(low <= x <= high, f"it must lie in {low:g} to {high:g}")
 
 
 def command_line():

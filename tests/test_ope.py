@@ -1,7 +1,9 @@
 """ope.py: expectations as exact sums over all trajectories of a small MDP, networks against exact
 tables, densities against integrals, and everything that a user can get wrong."""
 
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -1156,8 +1158,19 @@ def total(obs): return torch.ones(len(obs), 2)
 def nan(obs): return torch.full((len(obs), 2), float("nan"))
 def nothing(obs): return None
 def failing(obs): return obs[:, 99]
+def flat(obs): return torch.full((len(obs),), 0.5)
+def negative(obs): return torch.tensor([[-0.5, 1.5]]).repeat(len(obs), 1)
+def quits(obs): raise SystemExit
+def categorical(obs): return torch.distributions.Categorical(logits=torch.zeros(len(obs), 2))
+def normal(obs, mean=0.0, std=1.0, n=1): return Normal(torch.full((len(obs), n), mean), std)
+def nan_mean(obs): return normal(obs, float("nan"))
+def no_std(obs): return normal(obs, std=0.0)
+def wide(obs): return normal(obs, n=3)
+def one_state(obs): return normal(obs[:1])
+def double(obs): return Normal(torch.zeros(len(obs), 1).double(), 1.0)
 def box(obs): return Independent(Normal(0.1 * obs[:, :1], 1.0), 1)
 def unsummed(obs): return Normal(0.1 * obs[:, :1], 1.0)
+def no_mode(obs): return Uniform(torch.full((len(obs), 1), -2.0), 2.0)
 def uniform(obs): return Independent(Uniform(-2 + 0 * obs[:, :1], 2 + 0 * obs[:, :1]), 1)
 number = 3
 """
@@ -1168,6 +1181,9 @@ def policies(tmp_path):
     (tmp_path / "mypolicy.py").write_text(POLICIES)
     (tmp_path / "syntax.py").write_text("def f(obs:\n")
     (tmp_path / "imports.py").write_text("import no_such_package\n")
+    (tmp_path / "fails.py").write_text("raise ValueError('two\\nlines')\n")
+    (tmp_path / "quits.py").write_text("import sys\nsys.exit()\n")
+    (tmp_path / "data.json").write_text("{}")
     return f"{tmp_path}/mypolicy.py:"
 
 
@@ -1202,12 +1218,57 @@ def test_densities_of_users_policies(policies):
     at = a.log_prob(obs, torch.ones(7, 1))  # the mass beyond the edge, 1.98
     beyond = torch.special.log_ndtr(0.1 * obs[:, 0] - 2 * ope.EDGE)
     np.testing.assert_allclose(at, beyond, rtol=1e-4)
+    at = c.log_prob(obs, torch.ones(7, 1))  # half of a hundredth of the range
+    np.testing.assert_allclose(at, np.log(0.5 * 0.01), rtol=1e-4)
     actions, weights = a.support(obs)
     assert actions.shape == (7, 4, 1) and weights.shape == (7, 4)
     assert a.act(obs.numpy()).shape == (7, 1) and c.sample(obs).abs().max() <= 1
+    assert ope.user_policy(policies + "double", units, args).sample(obs).dtype == torch.float32
     greedy = ope.user_policy(policies + "box", units, Args(policy_mode="deterministic"))
     np.testing.assert_allclose(greedy.support(obs)[0][:, 0], 0.05 * obs[:, :1], rtol=1e-5)
     assert "has no density" in greedy.problem
+
+
+def test_a_categorical_stands_for_its_probabilities(policies):
+    units = ope.Units(spaces.Box(-9, 9, (3,)), spaces.Discrete(2))
+    pi = ope.user_policy(policies + "categorical", units, Args())
+    np.testing.assert_allclose(pi.support(torch.randn(7, 3))[1], 0.5)
+
+
+def damaged(tmp_path, run, **changes):
+    """A copy of the run with changes in its files: text, or a function of the checkpoint."""
+    folder = tmp_path / f"damaged{len(list(tmp_path.iterdir()))}"
+    shutil.copytree(run, folder)
+    for name, change in changes.items():
+        path = folder / ("checkpoint.pt" if name == "checkpoint" else f"{name}.py")
+        if isinstance(change, str):
+            path.write_text(change)
+        else:
+            state = torch.load(path, weights_only=True)
+            change(state)
+            torch.save(state, path)
+    return str(folder)
+
+
+def test_damaged_runs_get_one_clear_line(runs, tmp_path):
+    spy = "def load_policy(*_): return None\ndef read_checkpoint(_): return {'args': Args}\n"
+    spy += "class Args: dataset_id, env_id = ('cartpole/random-v0[:80%]',), None\n"
+    for changes, message in (
+        ({"checkpoint": ""}, "no readable checkpoint"),
+        ({"checkpoint": lambda s: s.pop("policy")}, "KeyError: 'policy'"),
+        ({"checkpoint": lambda s: s["args"].update(dataset_id=("x[",))}, "a part is written in"),
+        ({"checkpoint": lambda s: s["args"].update(dataset_id=None)}, "TypeError: 'NoneType'"),
+        ({"checkpoint": lambda s: s["policy"]["agent.policy.net.bias.0"].fill_(math.nan)}, "NaN"),
+        ({"bc": "def f(:"}, "SyntaxError"),
+        ({"bc": "x = 1"}, "has no attribute 'read_checkpoint'"),
+        ({"bc": "raise SystemExit"}, "it calls exit"),
+        ({"bc": spy}, "AttributeError: 'NoneType' object has no attribute 'units'"),
+        ({"cql": "x = 1"}, "not the folder of a training run"),
+    ):
+        folder = damaged(tmp_path, runs["bc_cartpole"], **changes)
+        with pytest.raises(UserError, match=f"^--run {folder}: .*{message}") as error:
+            ope.main(Args(run=(folder,), horizon=3, **QUICK))
+        assert "\n" not in str(error.value)
 
 
 def test_deterministic_discrete_policies_have_zeros():
@@ -1231,7 +1292,21 @@ def test_wrong_use_gets_one_clear_line(policies, runs, tmp_path):
         ({"policy": (policies + "number",), **cartpole}, "has no function number"),
         ({"policy": (file + "syntax.py:f",), **cartpole}, "syntax.py:f: SyntaxError"),
         ({"policy": (file + "imports.py:f",), **cartpole}, "imports.py:f: ModuleNotFoundError"),
-        ({"policy": ("nothing.py:f",), **cartpole}, "there is no file nothing.py"),
+        ({"policy": (file + "fails.py:f",), **cartpole}, "fails.py:f: ValueError: two lines"),
+        ({"policy": (file + "quits.py:f",), **cartpole}, "quits.py:f: it calls exit"),
+        ({"policy": (file + "data.json:f",), **cartpole}, "there is no Python file .*data.json"),
+        ({"policy": (policies + "flat",), **cartpole}, r"probabilities of shape \(\d+,\), not"),
+        ({"policy": (policies + "negative",), **cartpole}, r"\[-0.5, 1.5\] are not probabilities"),
+        ({"policy": (policies + "quits",), **cartpole}, "mypolicy.py:quits: it calls exit"),
+        ({"policy": (policies + "nan_mean",), **pendulum}, ":nan_mean: a mean is NaN or infinite"),
+        ({"policy": (policies + "no_std",), **pendulum}, ":no_std: a standard deviation is not ab"),
+        ({"policy": (policies + "wide",), **pendulum}, r"Distribution of shape \(\d+, 3\), not"),
+        ({"policy": (policies + "one_state",), **pendulum}, r"Distribution of shape \(1, 1\), not"),
+        (
+            {"policy": (policies + "no_mode",), "policy_mode": "deterministic", **pendulum},
+            "no_mode: its actions are NaN",
+        ),
+        ({"policy": ("nothing.py:f",), **cartpole}, "there is no Python file nothing.py"),
         ({"policy": (policies + "good",)}, "--dataset-id is needed: --policy has none"),
         ({"policy": (policies + "good",) * 2, **cartpole}, "given twice"),
         ({"run": (runs["cql_cartpole"], runs["cql_pendulum"])}, "the runs have different ones"),
@@ -1240,10 +1315,15 @@ def test_wrong_use_gets_one_clear_line(policies, runs, tmp_path):
         ({"gamma": 1.5}, "--gamma 1.5: it must lie in 0 to 1"),
         ({"gamma": float("nan")}, "--gamma nan: it must lie in 0 to 1"),
         ({"resamples": 0}, "--resamples 0: it must lie in 100 to"),
-        ({"hidden": (8, 0)}, "--hidden 0: it must lie in 1 to"),
+        ({"hidden": (8, 0)}, r"--hidden \(8, 0\): it must lie in 1 to"),
         ({"seed": -1}, "--seed -1: it must lie in 0 to"),
         ({"lr": 0.0}, "--lr 0.0"),
         ({"horizon": 0}, "--horizon 0"),
+        ({"horizon": 10**6}, "--horizon 1000000: it must lie in 1 to 100000"),
+        ({"steps": 1.5}, "--steps 1.5: a number is needed"),
+        ({"hidden": 8}, "--hidden 8: TypeError"),
+        ({"gamma": "1"}, "--gamma 1: a number is needed"),
+        ({"seed": 10**30}, "--seed 10+: it must lie in"),
         ({"verify_episodes": 1}, "--verify-episodes 1"),
         ({"dataset_id": ("x/y",), "policy": (policies + "good",)}, "dataset x/y: .*a version"),
     ):
@@ -1255,7 +1335,7 @@ def test_wrong_use_gets_one_clear_line(policies, runs, tmp_path):
 def test_wrong_logged_probabilities_get_one_clear_line(monkeypatch):
     mdp, args = MDP(3), Args(steps=1, hidden=(4,), resamples=100)
     data = tabular_data(mdp, 10)
-    for value, message in ((-np.inf, "zero probability of"), (0.5, "a probability above 1 for")):
+    for value, message in ((-np.inf, "zero probability of"), (0.5, "too high a probability of")):
         data.behavior_log_prob[4] = value
         where = f"episode {data.episode[4]}, step "
         with pytest.raises(UserError, match=f"{where}.*{message} the logged action"):
