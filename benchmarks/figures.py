@@ -15,14 +15,14 @@ import altair as alt
 import numpy as np
 
 ROOT = Path(__file__).parent.parent
-COLOURS = {  # of a method in all pictures; after Okabe and Ito, who can be told apart by everybody
-    "BC": "#888888",
-    "%BC": "#56B4E9",
+COLOURS = {  # of a method in all pictures; after Okabe and Ito, for the colour-blind too
+    "BC": "#E69F00",
+    "%BC": "#CC79A7",
     "naive Q-learning": "#D55E00",
     "CQL": "#0072B2",
     "IQL": "#009E73",
-    "AWAC": "#E69F00",
-    "BCQ": "#CC79A7",
+    "AWAC": "#56B4E9",
+    "BCQ": "#888888",
     "MOPO": "#B5A000",
 }
 NAMES = {  # of the methods in returns.py
@@ -63,7 +63,10 @@ def online(ink):
         for dataset in order
         if row["dataset"] in ("none", dataset)
     ]
-    names, colours = ["online", "offline", "offline, then online"], [ink, *2 * [COLOURS["IQL"]]]
+    names, colours = (
+        ["online", "offline", "offline, then online"],
+        ["#E69F00", "#009E73", "#56B4E9"],
+    )
     colour = alt.Color("learner:N", title=None, scale=alt.Scale(domain=names, range=colours))
     dashes = alt.Scale(domain=names, range=[[1, 0], [1, 0], [5, 3]])
     x = alt.X("step:Q", title="gradient updates", axis=alt.Axis(values=[0, 4000, 8000]))
