@@ -1007,9 +1007,9 @@ def test_what_makes_ratios_useless():
 
 
 def test_rank_correlation_and_regret():
-    """Of benchmarks/ope_ranking.py."""
+    """Of benchmarks/policy_selection.py."""
     sys.path.insert(0, str(Path(ope.__file__).parent / "benchmarks"))
-    from ope_ranking import regret, spearman
+    from policy_selection import regret, spearman
 
     x = np.array([3.0, 1, 2, 5])
     assert spearman(x, x) == spearman(x, x**3) == 1
