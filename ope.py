@@ -330,16 +330,16 @@ def fqe(log, policy, seen, args):
 
     train(critic.net, loss, [torch.nonzero(x[log.episode])[:, 0] for x in seen.T], args)
 
+    size = 10_000 // next_weight.shape[1] + 1  # of the rows at once, as each has K actions
+
     @torch.no_grad()
-    def of_all(f, size, *arrays):  # f (M, E), by every member
-        every = chunked(lambda *x: f(*(y.expand(E, *y.shape) for y in x)).T, *arrays, size=size)
-        return every.double()
+    def of_all(f, *arrays):  # f (M, E), by every member
+        f_of_all = chunked(lambda *x: f(*(y.expand(E, *y.shape) for y in x)).T, *arrays, size=size)
+        return f_of_all.double()
 
     h = (log.horizon - log.step).clamp(min=0)  # beyond the horizon: 0 steps to go, not used
-    q = of_all(critic, 10_000, log.obs, log.action, h)
-    v = of_all(
-        critic.value, 10_000 // next_weight.shape[1] + 1, log.obs, *policy.support(log.obs), h
-    )
+    q = of_all(critic, log.obs, log.action, h)
+    v = of_all(critic.value, log.obs, *policy.support(log.obs), h)
     unseen, first = ~seen[log.episode], v[log.first].cpu().numpy()
     q, v = (log.padded((x * unseen).sum(1).div(E / 2).cpu().numpy()) for x in (q, v))
     return q, np.pad(v, ((0, 0), (0, 1))), first
@@ -361,6 +361,7 @@ def fit_model(log, args):
     def loss(i):
         predicted, logit = predict(log.obs[i[0]], log.action[i[0]])
         error, ended = predicted - target[i[0]], terminal[i[0]]
+        assert error.shape == predicted.shape and logit.shape == ended.shape
         return (error**2).mean() + F.binary_cross_entropy_with_logits(logit, ended)
 
     train(net, loss, [torch.arange(len(change), device=change.device)], args)
@@ -395,7 +396,9 @@ def fit_behavior(log, args):
         return BoxLaw(mean, log_std.clamp(-5, 2).exp(), logits)
 
     def loss(i):
-        return -pi(log.obs[i[0]]).log_prob(action[i[0]]).mean()
+        log_prob = pi(log.obs[i[0]]).log_prob(action[i[0]])
+        assert log_prob.shape == i[0].shape
+        return -log_prob.mean()
 
     held_out = (torch.randperm(n, device=action.device) < n // 10)[log.episode]
     train_rows, held_out = torch.nonzero(~held_out)[:, 0], torch.nonzero(held_out)[:, 0]
@@ -846,8 +849,8 @@ def user_policy(name, units, args):
         pi = function(obs.cpu())
         what = f"it returns {type(pi).__name__}, not a torch Distribution"
         require(isinstance(pi, Distribution), what)
-        shape, needed = tuple(pi.batch_shape + pi.event_shape), units.action_space.shape
-        needed = len(obs), *needed
+        shape = tuple(pi.batch_shape + pi.event_shape)
+        needed = len(obs), *units.action_space.shape
         require(shape == needed, f"a Distribution of shape {shape}, not {needed}")
         if deterministic:
             return certain(units.action(pi.mode), units)

@@ -833,6 +833,8 @@ def test_estimated_behaviour_of_box_actions(monkeypatch):
     known = log.known_log_prob(np.full(len(edge), -1.25))
     np.testing.assert_allclose(known[~edge], -1.25 + np.log(4), rtol=1e-6)
     np.testing.assert_array_equal(known[edge], estimated[edge])
+    with pytest.raises(UserError, match="too high a probability of the logged action"):
+        log.known_log_prob(np.full(len(edge), np.inf))
 
 
 def test_the_model_rolls_out_what_it_has_learned(monkeypatch):
