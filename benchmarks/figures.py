@@ -221,7 +221,8 @@ def conservatism(ink):
 
 def learning(ink):
     """A panel for each dataset; runs of different length are drawn as long as they are."""
-    rows = [{**row, "method": NAMES[row["method"]]} for row in read("learning")]
+    rows = [row for row in read("learning") if row["method"] in NAMES]
+    rows = [{**row, "method": NAMES[row["method"]]} for row in rows]
     x = alt.X("update:Q", title="updates", axis=alt.Axis(values=[0, 2000, 4000]))
     scale, order = alt.Scale(zero=False), ["random", "medium", "mixed", "expert"]
     chart = curves(None, x, "return_mean", "return", of_method(rows), scale)
