@@ -153,7 +153,7 @@ def ope(ink, n=100):
     share = alt.X(
         "share:Q", title="of 268 logs", scale=scale, axis=alt.Axis(format="%", tickCount=3)
     )
-    base = alt.Chart(alt.Data(values=held), width=110, height=100)
+    base = alt.Chart(alt.Data(values=held), width=135, height=100)
     coverage = base.mark_rule(**zero).encode(x=alt.datum(0.95, scale=scale))
     coverage += base.mark_point(**points).encode(share, y, fill)
     return errors | coverage.properties(title="truth in the interval")
