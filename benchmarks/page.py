@@ -13,19 +13,12 @@ from collections import defaultdict
 from pathlib import Path
 
 import altair as alt
+import figures
 import vl_convert
 
 ROOT = Path(__file__).parent.parent
-COLOURS = {  # of a method, the same in every picture (colour-blind safe, Okabe and Ito)
-    "naive Q-learning": "#D55E00",
-    "CQL": "#0072B2",
-    "IQL": "#009E73",
-    "BC": "#E69F00",
-    "%BC": "#CC79A7",
-    "AWAC": "#56B4E9",
-    "DQN": "#E69F00",
-    "IQL, then online": "#56B4E9",
-}
+COLOURS = figures.COLOURS | {"DQN": "#AA4499", "IQL, then online": figures.COLOURS["IQL"]}
+LEGEND = alt.Legend(**figures.LINE)
 ALPHAS = [0, 0.1, 0.3, 1, 3, 10]
 SEED = "100"  # of the curves of Q
 NARROW, BROAD = "pendulum/0.05-v0", "pendulum/mixed-v0"
@@ -62,9 +55,9 @@ def table(rows, *columns):
     return alt.Data(values=[dict(zip(columns, row, strict=True)) for row in distinct])
 
 
-def colour(methods, **legend):
+def colour(methods):
     scale = alt.Scale(domain=methods, range=[COLOURS[m] for m in methods])
-    return alt.Color("method:N", title=None, scale=scale, **legend)
+    return alt.Color("method:N", title=None, scale=scale, legend=LEGEND)
 
 
 def means(rows, keys, value):
@@ -113,11 +106,13 @@ def online():
     x = alt.X("step:Q", title="gradient updates")
     y = "return (steps that the pole stands)"
     scale = alt.Scale(domain=[0, 500])
-    line = base.mark_line(strokeWidth=3).encode(
-        x, alt.Y("return_mean:Q", title=y, scale=scale), colour(list(names.values()))
-    )
+    names = list(names.values())
+    dash = alt.Scale(domain=names, range=[[1, 0], [1, 0], [5, 3]])
+    dash = alt.StrokeDash("method:N", title=None, scale=dash, legend=LEGEND)
+    line = base.mark_line(strokeWidth=3, point=True)
+    line = line.encode(x, alt.Y("return_mean:Q", title=y, scale=scale), colour(names), dash)
     band = base.mark_area(opacity=0.2).encode(
-        x, alt.Y("low:Q", title=y, scale=scale), alt.Y2("high:Q"), colour(list(names.values()))
+        x, alt.Y("low:Q", title=y, scale=scale), alt.Y2("high:Q"), colour(names)
     )
     final = {
         (row["method"], row["dataset"]): row["return_mean"]
@@ -144,15 +139,15 @@ def shift():
     methods = ["naive Q-learning", "CQL"]
     near = [row for row in read("nearby") if row["data"] == NARROW]
     update = slider("step", "update ", 250, 2500, 250, 2500)
-    state = choice("state", "state: ", STATES, STATES[0])
+    state = choice("place", "state: ", STATES, STATES[0])
     who = choice("critic", "curve: ", ["both", *methods], methods[0])
-    here = "datum.state == state"
+    here = "datum.state == place"
     shown = f"{here} && datum.update == step && (critic == 'both' || datum.method == critic)"
     x = alt.X("action:Q", title="action (torque, N m)", scale=alt.Scale(domain=[-2, 2]))
     q_title = "Q(s, a) (discounted return)"
     curves = alt.Chart(
         table(rows, "method", "update", "state", "action", "q"),
-        title=title("'Q after ' + step + ' updates; ' + state"),
+        title=title("'Q after ' + step + ' updates; ' + place"),
         height=260,
     )
     curves = curves.transform_filter(shown)
@@ -272,14 +267,16 @@ def conservatism():
             "label:O", title="alpha", sort=[f"{a:g}" for a in ALPHAS], axis=alt.Axis(labelAngle=0)
         )
         blue = alt.value(COLOURS["CQL"])
+        hue = f"k ? '{COLOURS['CQL']}' : '{COLOURS['naive Q-learning']}'"
         layers = []
-        for field, dash, dy in zip(fields, ([1, 0], [6, 4]), (-12, 16), strict=False):
+        for field, dash in zip(fields, ([1, 0], [6, 4]), strict=False):
             y = alt.Y(f"{field}:Q", title=name)
             layers.append(base.mark_line(strokeWidth=3, strokeDash=dash).encode(x, y, color=blue))
             now = base.transform_filter("datum.k == k")
-            spot = now.mark_point(filled=True, size=90, opacity=1)
-            layers.append(spot.encode(x, y, color=colour(methods, legend=None)))
-            text = now.mark_text(dy=dy, fontWeight="bold")
+            spot = now.mark_point(filled=True, size=90, opacity=1, color=alt.ExprRef(hue))
+            layers.append(spot.encode(x, y))
+            above = f"datum.{field} >= max({', '.join(f'datum.{f}' for f in fields)})"
+            text = now.mark_text(dx=8, dy=alt.ExprRef(f"{above} ? -12 : 16"), fontWeight="bold")
             layers.append(text.encode(x, y, text=alt.Text(f"{field}:Q", format=".3~r")))
         return alt.layer(*layers)
 
@@ -441,7 +438,7 @@ def ope():
     ).transform_filter(here)
     truth = facts.mark_rule(strokeWidth=2).encode(alt.X("truth:Q", **x))
     logged = facts.mark_rule(strokeWidth=2, strokeDash=[6, 4]).encode(alt.X("logged:Q", **x))
-    said = alt.Chart(facts.data, height=200, title=title("'What ope.py says'")).transform_filter(
+    said = alt.Chart(facts.data, height=150, title=title("'What ope.py says'")).transform_filter(
         here
     )
     ess = said.transform_calculate(
