@@ -191,8 +191,8 @@ def shift():
         "action. No reward in Pendulum is above 0, so that no true Q is (line at 0).",
         f"After 2,500 updates naive Q-learning believes in {naive['q_policy']:.0f} and earns "
         f"{naive['true_value']:.0f}; CQL (alpha 3) believes in {cql['q_policy']:.0f} and earns "
-        f"{cql['true_value']:.0f}. Half-way up the naive Q is {min(high):.0f} to {max(high):.0f}, at the "
-        "data's actions too, and the policy takes the highest. One training seed.",
+        f"{cql['true_value']:.0f}. Half-way up the naive Q is {min(high):.0f} to {max(high):.0f}, "
+        "at the data's actions too, and the policy takes the highest. One training seed.",
         "python benchmarks/demos.py",
         "Move through the training, choose a state",
     )

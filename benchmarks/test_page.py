@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 from collections import defaultdict
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -37,14 +38,20 @@ def rows(name):
         return list(csv.DictReader(file))
 
 
-@pytest.fixture(scope="module")
-def browser():
+@contextmanager
+def chromium():
     path = shutil.which("chromium")
     sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []
     with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=path, args=sandbox)
         yield browser
         browser.close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as browser:
+        yield browser
 
 
 def open_page(browser, **settings):
@@ -223,3 +230,9 @@ def test_ope_shows_the_csv(page, n, policy):
     shown = [re.search(r": ([-\d.]+); estimator: (\w+)", point) for point in points(page, 5)]
     expected = {row["estimator"]: float(row["estimate"]) for row in here}
     assert {found[2]: float(found[1]) for found in shown} == pytest.approx(expected)
+
+
+if __name__ == "__main__":
+    with chromium() as browser:
+        page = open_page(browser, viewport={"width": 1000, "height": 800}, color_scheme="light")
+        page.locator("#demo2").screenshot(path=ROOT / "docs/page.png")
