@@ -124,7 +124,8 @@ def online():
         concat(band + line, params=[where]),
         "Online against offline",
         "An online learner (DQN) makes one step of its own per update. An offline one (IQL) only "
-        "sees 20,000 logged steps, or goes on online after half of its updates.",
+        "sees 20,000 logged steps, or goes on online after half of its updates. "
+        "Bands: the range of three seeds.",
         f"The data decide: after 8,000 updates IQL earns {seen}; DQN, which needs no data, "
         f"{final['DQN', 'none']:.0f}. Nothing that the data lack can be learned from them.",
         "python benchmarks/online.py",
@@ -172,7 +173,8 @@ def shift():
     spot = now.mark_point(filled=True, size=90, opacity=1).encode(
         x, alt.Y("q_policy:Q"), colour(methods)
     )
-    label = now.mark_text(align="right", dx=-8, dy=-8, fontWeight="bold").encode(
+    below = alt.ExprRef("datum.method == 'CQL' ? 14 : -8")
+    label = now.mark_text(align="right", dx=-8, dy=below, fontWeight="bold").encode(
         x, alt.Y("q_policy:Q"), alt.Text("q_policy:Q", format=".0f"), colour(methods)
     )
     end = {m: [r for r in rows if r["method"] == m][-1] for m in methods}
@@ -363,7 +365,7 @@ def quality():
         concat(band + line + data, ends + all_data + mark + spots, params=[noise, method]),
         "Data quality",
         "CartPole logs of a good controller that acts at random with some probability: never at 0, "
-        "always at 1.",
+        "always at 1. Bands: the range of three seeds.",
         quality_in_words(rows, curves, steps),
         "python benchmarks/demos.py",
         "Make the data worse",
@@ -405,8 +407,8 @@ def ope():
         table(rows, *fields),
         height=260,
         title=title(
-            f"{[int(n) for n in sizes]}[i] + ' episodes; the policy differs in '"
-            f" + format({[d for d, _ in policies]}[j], '.1%') + ' of the steps'"
+            f"{[int(n) for n in sizes]}[i] + ' episodes; '"
+            f" + format({[d for d, _ in policies]}[j], '.1%') + ' of the steps differ'"
         ),
     ).transform_filter(here)
     x_title = "discounted return of CartPole, 50 steps (cut at 60)"
