@@ -88,7 +88,7 @@ from torch import nn
 from torch.distributions import Normal
 from tqdm import tqdm
 
-__version__ = "2.0.0"
+__version__ = "2.1.0"
 
 
 @dataclass
