@@ -6,6 +6,8 @@
                policies deviate by 0.1 or 0.3 from fair coins: n = 100 and T = 10 for near, far; 5
                times as many for many
   ratios n     the logs of cartpole, for (1) to (4) alone, which need no networks: hundreds a minute
+  pipeline     300 episodes of the logs of cartpole: IQL learns from the first 80% with few updates,
+               ope.py judges it by the rest, with few updates, too; truth of 20,000 episodes
 
     python benchmarks/ope_coverage.py runs/coverage.csv cartpole-100 cartpole-1000 near far many
 
@@ -21,17 +23,22 @@ import contextlib
 import csv
 import io
 import sys
+import tempfile
 from collections import defaultdict
+from dataclasses import replace
 from functools import cache, partial
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
+import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium import spaces
+from minari.data_collector import EpisodeBuffer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import iql
 import ope
 
 GAINS = (8.0, 12.0, 2.5)
@@ -43,6 +50,7 @@ SETTINGS = {
     "near": (TABLE, lambda seed: table(100, 0.1, seed)),
     "far": (TABLE, lambda seed: table(100, 0.3, seed)),
     "many": (TABLE, lambda seed: table(500, 0.3, seed)),
+    "pipeline": (replace(CARTPOLE, steps=1000), lambda seed: pipeline(seed)),
     "ratios-100": (CARTPOLE, lambda seed: cartpole(100, seed)),
     "ratios-1000": (CARTPOLE, lambda seed: cartpole(1000, seed)),
 }
@@ -95,6 +103,35 @@ def table(n, distance, seed, S=5, A=2, T=10):
         return ope.Probabilities(torch.tensor(target)[obs.argmax(1)])
 
     return data, [ope.Target(f"{distance} from it", pi, units, TABLE)], [start @ v]
+
+
+def pipeline(seed):
+    """The logs in the form of a dataset on disk; IQL's policy, its value."""
+    logs, _ = ope.example(CARTPOLE, 300, (5.0,), seed)
+    episodes, units = [], logs.units
+    for i in range(300):
+        rows = logs.episode == i
+        s, a, r, next_s, d = (x[rows].numpy() for x in logs.transitions)
+        cut = (np.arange(len(d)) == len(d) - 1) & (d == 0)
+        infos = {"behavior_log_prob": logs.behavior_log_prob[rows.numpy()]}
+        obs = np.concatenate([s, next_s[-1:]])
+        episodes.append(EpisodeBuffer(None, None, None, obs, a, r, d == 1, cut, infos))
+    source = episodes, (units.observation_space, units.action_space), logs.make_env, None
+    iql.open_dataset = ope.open_dataset = lambda _: source
+    flags = {"steps": 500, "hidden": (64, 64), "eval_every": 0, "eval_episodes": 0, "device": "cpu"}
+    with tempfile.TemporaryDirectory() as folder:
+        iql.main(iql.Args(("cartpole/logs-v0[:80%]",), seed=seed, out_dir=folder, **flags))
+        (run,) = map(str, Path(folder).iterdir())
+        data, (policy,) = ope.load(replace(CARTPOLE, run=(run,)))
+    assert not policy.seen and int(data.episode.max()) == 59
+    policy.name = "IQL"
+    envs = gym.make_vec("CartPole-v1", 20_000, vectorization_mode="vector_entry_point")
+    obs, alive, truth = envs.reset(seed=10**6 + seed)[0], np.ones(20_000, bool), 0.0
+    for t in range(CARTPOLE.horizon):  # every step earns 1
+        truth += CARTPOLE.gamma**t * alive.mean()
+        obs, _, terminated, *_ = envs.step(policy.act(obs))
+        alive &= ~terminated
+    return data, [policy], [truth]
 
 
 def repeat(setting, seed):
