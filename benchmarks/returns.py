@@ -223,7 +223,8 @@ def interval(x, statistic=np.mean, resamples=10_000):
 
 
 def markdown(rows, args):
-    """Mean over seeds [its 95% interval], interquartile mean, share of steady evaluations."""
+    """Mean over seeds [its 95% interval] (how many there are, where that is not all); and of cells
+    with five seeds or more the interquartile mean, the worst, the share of steady evaluations."""
     cells, data = defaultdict(list), {}
     for row in rows:
         if row["method"] in args.methods and int(row["seed"]) in args.seeds:
@@ -241,9 +242,21 @@ def markdown(rows, args):
                 line += " not run |" if dataset.startswith(ONLY.get(method, "")) else " |"
                 continue
             low, high = interval(returns)
-            line += f" {returns.mean():.0f} [{low:.0f}, {high:.0f}]"
-            line += f" ({len(returns)} seeds) |" if len(returns) < len(args.seeds) else " |"
+            line += f" {returns.mean():.0f}"
+            line += f" [{low:.0f}, {high:.0f}]" if len(returns) > 1 else ""
+            line += f" ({len(returns)}) |" if len(returns) < len(args.seeds) else " |"
         lines.append(line)
+    lines += [
+        "",
+        "| data | method | seeds | interquartile mean | worst | steady |",
+        "|---" * 6 + "|",
+    ]
+    for (method, dataset), cell in sorted(cells.items(), key=lambda x: x[0][::-1]):
+        if len(cell) > 4:
+            returns = np.array([float(x["return_mean"]) for x in cell])
+            steady = np.mean([float(x["steady"]) for x in cell])
+            line = f"| `{dataset}` | {method} | {len(cell)} | {interquartile_mean(returns):.0f} |"
+            lines.append(f"{line} {returns.min():.0f} | {steady:.0%} |")
     return "\n".join(lines)
 
 
