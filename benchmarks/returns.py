@@ -223,8 +223,8 @@ def interval(x, statistic=np.mean, resamples=10_000):
 
 
 def markdown(rows, args):
-    """Mean over seeds [its 95% interval] (how many there are, where that is not all); and of cells
-    with five seeds or more the interquartile mean, the worst, the share of steady evaluations."""
+    """Mean over seeds [its 95% interval, of fewer than five their range] (how many, if not ten or
+    more); of five or more the interquartile mean, the worst, the share of steady evaluations."""
     cells, data = defaultdict(list), {}
     for row in rows:
         if row["method"] in args.methods and int(row["seed"]) in args.seeds:
@@ -239,12 +239,13 @@ def markdown(rows, args):
         for method in args.methods:
             returns = np.array([float(x["return_mean"]) for x in cells[method, dataset]])
             if not len(returns):
-                line += " not run |" if dataset.startswith(ONLY.get(method, "")) else " |"
+                line += " not run |" if dataset.startswith(ONLY.get(method, "")) else " - |"
                 continue
-            low, high = interval(returns)
+            few = len(returns) < 5
+            low, high = (returns.min(), returns.max()) if few else interval(returns)
             line += f" {returns.mean():.0f}"
             line += f" [{low:.0f}, {high:.0f}]" if len(returns) > 1 else ""
-            line += f" ({len(returns)}) |" if len(returns) < len(args.seeds) else " |"
+            line += f" ({len(returns)}) |" if len(returns) < 10 else " |"
         lines.append(line)
     lines += [
         "",
