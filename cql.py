@@ -453,7 +453,7 @@ def blaming(what):
     """Whatever goes wrong inside, here or in a library, becomes one line that begins with what."""
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # some environments call sys.exit
         reason = error if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         raise UserError(" ".join(f"{what}: {reason}".split())[:500]) from error
 
@@ -855,6 +855,8 @@ class Run:
         if args.compile:
             agent.update = compiled(agent.update, args.device)
         Run.go_on = f"to go on: python {ALGORITHM}.py --resume {shlex.quote(str(self.folder))}"
+        if (largest := data.transitions.obs.abs().max()) > 1000:
+            print(f"observations reach {largest:.2g}: --normalize-obs may be needed")
         print(f"run folder {self.folder}", flush=True)
 
     def save(self):
@@ -931,12 +933,12 @@ class Run:
 def write(path, content):
     """Whole or not at all: under a temporary name, then renamed."""
     temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        with blaming(f"cannot write {path}, what stood there before is whole"):
+    with blaming(f"cannot write {path}, what stood there before is whole"):
+        try:
             temporary.write_bytes(content)
             temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def read_checkpoint(folder, device="cpu"):
@@ -967,7 +969,10 @@ def command_line():
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops as Ctrl-C does
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        main(tyro.cli(Args, description=__doc__.split("\n\n")[0]))
+        args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
+        alone = not args.resume or len(sys.argv) < 4  # a flag at its default is one, too
+        require(alone, "--resume takes all flags from the run: give no other one beside it")
+        main(args)
     except UserError as error:
         sys.exit(f"{ALGORITHM}: {error}")
     except KeyboardInterrupt:

@@ -1129,7 +1129,7 @@ def blaming(what):
     """Whatever goes wrong inside, here or in a library, becomes one line that begins with what."""
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # some environments call sys.exit
         reason = error if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         raise UserError(" ".join(f"{what}: {reason}".split())[:500]) from error
 

@@ -7,6 +7,7 @@ import pickle
 import resource
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import gymnasium as gym
@@ -113,6 +114,43 @@ def test_numbers_that_are_finite_and_too_large_stop_the_run_with_advice(
     refuse(call, "(nan|inf|not finite).*--(normalize-obs|model-lr)", tmp_path)
 
 
+NUMBERS = {  # what the episodes of an otherwise ordinary log have
+    "tiny rewards": {"rewards": 1e-6 * np.arange(5)},
+    "huge rewards": {"rewards": 1e6 * np.arange(5)},
+    "no rewards": {"rewards": np.zeros(5)},
+    "constant observations": {"observations": np.ones((6, 1))},
+    "observations of variance 1e12": {"observations": 1e6 * np.arange(6.0)[:, None]},
+    "duplicates": {"first": 0.0},
+    "one action": {"actions": np.zeros((5, 1), np.float32)},
+    "actions on the bounds": {"actions": np.float32([[-1], [1], [1], [-1], [1]])},
+    "one-step episodes": {"T": 1, "terminated": True},
+}
+
+
+@pytest.mark.parametrize("file", ["bc.py", "cql.py", "iql.py", "bcq.py", "awac.py", "mopo.py"])
+@pytest.mark.parametrize("discrete", [False, True])
+@pytest.mark.parametrize("case", NUMBERS)
+def test_strange_numbers_train_or_are_refused(case, discrete, file, monkeypatch, tmp_path, capsys):
+    if discrete and file == "mopo.py":
+        return
+    episodes = [episode(**{"T": 5, "first": i / 9} | NUMBERS[case]) for i in range(8)]
+    its_spaces = (LINE, spaces.Discrete(3, start=-1)) if discrete else DATA
+    if discrete:
+        for x in episodes:
+            x.actions[:] = np.sign(x.actions)
+        episodes = [replace(x, actions=x.actions[:, 0].astype(int)) for x in episodes]
+    result = train_on(monkeypatch, tmp_path, file, episodes, its_spaces)
+    assert all(math.isfinite(x) for x in result.values() if isinstance(x, float))
+    policy = module(file).load_policy(next((tmp_path / "out").iterdir()))
+    action = policy.act(np.stack([x.observations[0] for x in episodes]))
+    assert all(its_spaces[1].contains(a) for a in action)
+    warned = "observations reach 4e+06: --normalize-obs" in capsys.readouterr().out
+    assert warned == (case == "observations of variance 1e12")
+    scaled = case == "huge rewards" or (case == "tiny rewards" and file != "mopo.py")  # a penalty
+    if scaled and file != "bc.py":
+        assert "--reward-scale should" in result["health"]
+
+
 @pytest.mark.parametrize("reference", [(math.nan, 1.0), (-math.inf, 1.0), (0.0, math.inf)])
 def test_reference_scores_that_are_no_numbers_are_none(reference, monkeypatch, empty_minari_root):
     class Stored:
@@ -139,14 +177,14 @@ class Bad(gym.Env):
 
     def reset(self, seed=None, options=None):
         self.t = 0
-        if isinstance(self.at_reset, Exception):
+        if isinstance(self.at_reset, BaseException):
             raise self.at_reset
         return np.zeros(3, np.float32) if self.at_reset is None else self.at_reset, {}
 
     def step(self, action):
         self.t += 1
         wrong = self.at_step if self.t == 2 else {}
-        if isinstance(wrong, Exception):
+        if isinstance(wrong, BaseException):
             raise wrong
         parts = {"obs": np.zeros(3, np.float32), "reward": 1.0, "end": self.t == 5} | wrong
         return parts["obs"], parts["reward"], False, parts["end"], {}
@@ -162,9 +200,11 @@ def bad_env():
 
 ENVS = [  # (what reset gives or raises, what the second step changes or raises, message)
     (RuntimeError("no\nlicence"), {}, "RuntimeError: no licence"),
+    (SystemExit("no licence"), {}, "SystemExit: no licence"),
     (np.zeros(2, np.float32), {}, ".*"),
     ("text", {}, ".*"),
     (None, ValueError("broken\nrobot"), "ValueError: broken robot"),
+    (None, SystemExit(1), "SystemExit: 1"),
     (None, {"obs": np.zeros(4, np.float32)}, ".*"),
     (None, {"obs": None}, ".*"),
     (None, {"obs": np.full(3, np.nan)}, "an observation is NaN or infinite"),
@@ -324,6 +364,14 @@ def test_a_limit_on_the_size_of_files(limit, file, tmp_path):
         refuse(lambda: cql.main(args), message, tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+
+def test_a_folder_where_a_temporary_file_is_to_be(tmp_path):
+    (tmp_path / "args.json.tmp").mkdir()
+    (tmp_path / "args.json").write_text("{}")
+    with pytest.raises(cql.UserError, match=r"^cannot write .*args.json, what stood there before"):
+        cql.write(tmp_path / "args.json", b"[]")
+    assert (tmp_path / "args.json").read_text() == "{}"
 
 
 # ---- The command line ----

@@ -604,8 +604,9 @@ def test_resume_takes_no_other_flag_and_no_complete_run(usual, tmp_path):
         with pytest.raises(UserError, match=rf"^{nothing}: not a run of cql.py: ") as caught:
             resume("cql.py", nothing)
         one_line(caught)
-    text = exit_line("cql.py", ["--seed", "1", "--resume", folder])
-    assert "--resume takes all flags from the run" in text
+    for flag in (["--seed", "1"], ["--seed", "0"]):  # 0 is the default
+        text = exit_line("cql.py", [*flag, "--resume", folder])
+        assert "--resume takes all flags from the run" in text
 
 
 def test_resume_and_load_policy_refuse_the_run_of_another_algorithm(usual):
