@@ -1083,7 +1083,7 @@ def test_the_example_runs_and_the_horizon_collapses_the_sample(capsys):
     for line in ("behaviour policy as logged", "the lowest logged one", "100% not 0", "error"):
         assert line in text
     assert text.splitlines()[-1].startswith("verdict: ")
-    for names in ("IS, PDIS", "model"):
+    for names in ("IS, PDIS", "MAGIC", "model"):
         assert f"* no 95% interval ({names}): " in text
     (one,) = ope.main(Args(horizon=400, verify_episodes=2, **QUICK)).values()
     assert one.weights.sizes[-1] < 10 and "; try --horizon" in verdict(one)
