@@ -6,6 +6,8 @@
   python benchmarks/returns.py --methods cql iql --datasets cartpole/mixed-v0 --seeds 100 101
   python benchmarks/returns.py --ray                     on a Ray cluster (pip install ray)
   python benchmarks/returns.py --minari                  the commands of the MuJoCo table
+  python benchmarks/returns.py --datasets hopper/replay-v0 --methods bc iql --seeds 100 101 102 \\
+    --csv benchmarks/returns_hopper.csv                  data of collect_sac.py, 50,000 updates
 
 One run is one row of the CSV: the return of the policy with the last weights, deterministic, over
 100 episodes on the seeds 10,000 on. Runs that the CSV has are skipped, a run that was stopped goes
@@ -35,19 +37,29 @@ import tyro
 
 ROOT = Path(__file__).parent.parent
 METHODS = {  # name: file, flags beside the defaults
-    "bc": ("bc", {}),
-    "%bc": ("bc", {"top_fraction": 0.1}),
-    "naive": ("cql", {"alpha": 0.0}),
-    "cql": ("cql", {}),
+    "bc": ("bc", ""),
+    "%bc": ("bc", "--top-fraction 0.1"),
+    "naive": ("cql", "--alpha 0"),
+    "cql": ("cql", ""),
     "cql-bc": (
         "cql",
-        {"bc_weight": 1000.0, "actor_lr": 1e-3, "samples": 1, "batch_size": 128, "steps": 2000},
+        "--bc-weight 1000 --actor-lr 1e-3 --samples 1 --batch-size 128 --steps 2000",
     ),
-    "iql": ("iql", {}),
-    "awac": ("awac", {}),
-    "bcq": ("bcq", {}),
-    "bcq-narrow": ("bcq", {"phi": 0.05}),
-    "mopo": ("mopo", {}),
+    "iql": ("iql", ""),
+    "awac": ("awac", ""),
+    "bcq": ("bcq", ""),
+    "bcq-narrow": ("bcq", "--phi 0.05"),
+    "mopo": ("mopo", ""),
+}
+HOPPER = "--hidden 256 256 --normalize-obs --steps 50000 --log-every 1000 --eval-every 5000"
+HOPPER_FLAGS = {  # of a MuJoCo dataset in Minari's folder, see collect_sac.py: what a night allows
+    "bc": "--lr 3e-4",
+    "%bc": "--top-fraction 0.1 --lr 3e-4",
+    "cql": "--alpha 5 --samples 4 --actor-lr 1e-4 --critic-lr 3e-4 --polyak 0.005",
+    "iql": "--reward-scale return-range --expectile 0.7 --beta 3 --lr 3e-4",
+    "awac": "--reward-scale 1 --lam 0.333 --lr 3e-4",
+    "bcq": "--vae-hidden 256 256 --batch-size 100 --polyak 0.005 --phi 0.05 --reward-scale 1",
+    "mopo": "--model-hidden 200 200 200 200 --polyak 0.005",
 }
 ONLY = {"mopo": "pendulum/", "cql-bc": "pendulum/expert", "bcq-narrow": "pendulum/expert"}
 DATASETS = tuple(
@@ -124,23 +136,24 @@ def run(method, dataset, seed, folder):
     os.environ["OMP_NUM_THREADS"] = "1"
     sys.path.insert(0, str(ROOT))
     name, flags = METHODS[method]
+    flags = (
+        f"{flags} --eval-every 250" if dataset in DATASETS else f"{HOPPER_FLAGS[method]} {HOPPER}"
+    )
+    flags = f"--dataset-id {dataset} --seed {seed} {flags}"
     module = importlib.import_module(name)
     out_dir = f"{folder}/{method}__{dataset.replace('/', '-')}__s{seed}"
-    new = {"dataset_id": (dataset,), "seed": seed, "eval_every": 250, "out_dir": out_dir, **flags}
+    new = tyro.cli(module.Args, args=[*flags.split(), "--out-dir", out_dir])
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         stopped = [x.parent for x in Path(out_dir).glob("*/checkpoint.pt")]
         stopped = [x for x in stopped if not (x / "result.json").exists()]
-        args = module.Args(resume=str(stopped[0])) if stopped else module.Args(**new)
-        result = module.main(args)
+        result = module.main(module.Args(resume=str(stopped[0])) if stopped else new)
     metrics = max(Path(out_dir).glob("*/metrics.csv"), key=os.path.getmtime)
-    given = [f"--{k.replace('_', '-')} {v}" for k, v in flags.items()]
-    command = ["python", f"{name}.py", f"--dataset-id {dataset}", f"--seed {seed}", *given]
     return {
         "method": method,
         **{name: result[name] for name in COLUMNS[1:7]},
         "steady": steady(metrics, dataset),
         **{name: result[name] for name in ("steps", "seconds")},
-        "command": " ".join(command),
+        "command": f"python {name}.py {flags}",
         "date": str(date.today()),
         **{package: version(package) for package in ("torch", "numpy")},
     }
@@ -151,7 +164,7 @@ def steady(metrics, dataset):
     more than a tenth of the distance between random actions and the expert."""
     with open(metrics) as file:
         returns = [float(x["return_mean"]) for x in csv.DictReader(file) if x["return_mean"]]
-    scale = 1084.0 if dataset.startswith("pendulum") else 478.0
+    scale = {"pendulum": 1084.0, "cartpole": 478.0, "hopper": 3208.0}[dataset.split("/")[0]]
     second_half = np.array(returns[len(returns) // 2 :])
     return round(float((second_half > returns[-1] - 0.1 * scale).mean()), 3)
 
