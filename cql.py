@@ -89,7 +89,7 @@ from torch import nn
 from torch.distributions import Normal
 from tqdm import tqdm
 
-__version__ = "2.1.0"
+__version__ = "2.2.0"
 
 
 @dataclass
@@ -113,7 +113,7 @@ class Args:
     actor_lr: float = 3e-4  # learning rate of the policy and the temperature (Box)
     gamma: float = 0.99  # discount
     polyak: float = 0.01  # rate of the target networks: Q' <- (1 - polyak) Q' + polyak Q
-    normalize_obs: bool = False  # standardise observations by the dataset's mean and deviation
+    normalize_obs: bool = True  # standardise observations by the dataset's mean and deviation
     reward_scale: float | Literal["return-range"] = 1.0  # or 1000 / (largest - smallest return)
     reward_shift: float = 0.0  # added to the scaled rewards; a new task where episodes terminate
     # CQL

@@ -86,7 +86,7 @@ from torch import nn
 from torch.distributions import Categorical, Distribution, Independent, Normal
 from tyro.conf import UseAppendAction
 
-__version__ = "2.1.0"
+__version__ = "2.2.0"
 
 
 @dataclass

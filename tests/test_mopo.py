@@ -1085,7 +1085,7 @@ def test_the_phases_of_a_run(tmp_path, monkeypatch, capsys):
     """The model is fitted to one part of the data and reported on the other; rollouts come before
     the first update and then every rollout_every; metrics are taken on all of the data."""
     monkeypatch.setattr(mopo, "open_dataset", four_episodes)
-    order, data = [], Dataset(("four",))
+    order, data = [], Dataset(("four",), normalize_obs=True)
 
     def spy(owner, name):
         original = getattr(owner, name)
