@@ -1,5 +1,4 @@
-"""The mathematics of cql.py against exact answers, then learning on the built-in data. (test_bc.py
-has what all files share: actions in environment units, the probe, target networks.)"""
+"""The mathematics of cql.py against exact answers. (test_agents.py has what all files share.)"""
 
 import math
 from copy import deepcopy
@@ -8,7 +7,22 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from test_bc import OBS, make_data, plain_descent, resumes_bitwise, stir
+from helpers import (
+    OBS,
+    adam,
+    adam_step,
+    clone,
+    close,
+    descend,
+    follow,
+    forward,
+    lerp,
+    make_data,
+    plain_descent,
+    same,
+    same_parameters,
+    stir,
+)
 from torch.distributions import Independent, Normal, TanhTransform
 from torch.distributions import TransformedDistribution as Transformed
 
@@ -216,28 +230,6 @@ def test_a_larger_alpha_lowers_the_value_and_the_preference_for_rare_actions(sol
 # ---- The agents' whole update ----
 
 
-def close(metrics, expected):
-    for name, value in expected.items():
-        assert metrics[name].item() == pytest.approx(float(value), rel=1e-5, abs=1e-6), name
-
-
-def same_parameters(agent, expected):
-    for (name, p), other in zip(agent.named_parameters(), expected.parameters(), strict=True):
-        assert torch.allclose(p, other, atol=1e-6), name
-
-
-def descend(loss, parameters, lr):
-    parameters = list(parameters)
-    for p, g in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-        p.data -= lr * g
-
-
-def follow(expected, rate):
-    pairs = zip(expected.critic_target.parameters(), expected.critic.parameters(), strict=True)
-    for target, source in pairs:
-        target.data = (1 - rate) * target.data + rate * source.data
-
-
 FLAGS = {"alpha": 0.7, "target_gap": 0.5, "gamma": 0.9, "polyak": 0.1, "critic_lr": 0.05}
 
 
@@ -259,7 +251,7 @@ def test_a_discrete_update_is_the_one_of_the_equations(monkeypatch):
     close(metrics, {"critic_loss": loss, "td_loss": td_loss, "gap": gap, "alpha": alpha})
     descend(loss, agent.critic.parameters(), 0.05)
     agent.log_alpha.data += 0.05 * alpha * (gap - 0.5)
-    follow(agent, 0.1)
+    follow(agent.critic_target, agent.critic, 0.1)
     same_parameters(ours, agent)
 
 
@@ -308,7 +300,7 @@ def test_a_box_update_is_the_one_of_the_equations(monkeypatch):
     descend(actor_loss + temperature_loss, actor, 0.03)
     descend(critic_loss, agent.critic.parameters(), 0.05)
     agent.log_alpha.data += 0.05 * alpha * (gap.mean() - 2.5)
-    follow(agent, 0.1)
+    follow(agent.critic_target, agent.critic, 0.1)
     same_parameters(ours, agent)
     expected = {"critic_loss": critic_loss, "td_loss": td_loss, "actor_loss": actor_loss}
     expected |= {"gap": gap.mean(), "alpha": alpha, "entropy": -log_pi.mean()}
@@ -395,36 +387,12 @@ def test_naive_q_learning_prefers_the_action_that_is_not_in_the_data(alpha, unse
         assert table(agent, 4)[:, :2].min() > -1.1
 
 
-@pytest.mark.parametrize("make", [discrete_agent, continuous_agent])
-def test_a_terminal_transition_is_worth_its_reward(make):
-    agent = make()
-    batch = random_batch(agent, terminal=1.0)
-    extra = (agent.policy(batch.next_obs),) if make is continuous_agent else ()
-    assert torch.equal(agent.target(batch, *extra), batch.reward)
-    batch = batch._replace(terminal=torch.zeros(8))
-    assert not torch.isclose(agent.target(batch, *extra), batch.reward).any()
-
-
-def forward(weights, x):
-    """An MLP from the list w0, w1, ..., b0, b1, ..., by the same products as torch's bmm."""
-    n = len(weights) // 2
-    x = x.mT.expand(len(weights[0]), *x.mT.shape)
-    for i in range(n):
-        x = torch.baddbmm(weights[n + i], weights[i], x)
-        x = x.relu() if i < n - 1 else x
-    return x.mT
-
-
-def clone(module):
-    return [p.detach().clone().requires_grad_() for p in module.parameters()]
-
-
 def test_alpha_0_is_double_dqn_bit_for_bit():
     torch.manual_seed(0)
     args = Args(alpha=0.0, hidden=(16, 16), critic_lr=3e-2)
     agent = make_agent(OBS, spaces.Discrete(4), **vars(args))
     q, q_target = clone(agent.critic), clone(agent.critic_target)
-    optimizer = torch.optim.Adam(q, torch.tensor(3e-2), fused=True)
+    optimizer = adam(q, 3e-2)
     for _ in range(20):
         batch = random_batch(agent)
         with torch.no_grad():
@@ -432,15 +400,10 @@ def test_alpha_0_is_double_dqn_bit_for_bit():
             next_q = forward(q_target, batch.next_obs)[0][torch.arange(8), best]
             y = batch.reward + 0.99 * (1 - batch.terminal) * next_q
         loss = 0.5 * ((forward(q, batch.obs)[0][torch.arange(8), batch.action] - y) ** 2).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        with torch.no_grad():
-            for t, w in zip(q_target, q, strict=True):
-                t.lerp_(w, args.polyak)
+        adam_step(optimizer, loss)
+        lerp(q_target, q, args.polyak)
         agent.update(batch)
-    for mine, its in ((q, agent.critic), (q_target, agent.critic_target)):
-        assert all(torch.equal(a, b) for a, b in zip(mine, its.parameters(), strict=True))
+    assert same(q, agent.critic) and same(q_target, agent.critic_target)
 
 
 def test_alpha_0_is_sac_without_entropy_in_the_backup_bit_for_bit():
@@ -448,8 +411,8 @@ def test_alpha_0_is_sac_without_entropy_in_the_backup_bit_for_bit():
     agent = continuous_agent(dim=2, alpha=0.0)
     q, q_target, pi = map(clone, (agent.critic, agent.critic_target, agent.policy))
     log_temperature = torch.zeros((), requires_grad=True)
-    q_optimizer = torch.optim.Adam(q, torch.tensor(1e-3), fused=True)
-    pi_optimizer = torch.optim.Adam([*pi, log_temperature], torch.tensor(3e-4), fused=True)
+    q_optimizer = adam(q, 1e-3)
+    pi_optimizer = adam([*pi, log_temperature], 3e-4)
 
     def sample(obs):
         mean, log_std = forward(pi, obs)[0].chunk(2, -1)
@@ -473,20 +436,13 @@ def test_alpha_0_is_sac_without_entropy_in_the_backup_bit_for_bit():
             next_action, _ = sample(batch.next_obs)
             next_q = value(q_target, batch.next_obs, next_action).min(0).values
             y = batch.reward + 0.99 * (1 - batch.terminal) * next_q
-        pi_optimizer.zero_grad()
-        pi_loss.backward()
-        pi_optimizer.step()
+        adam_step(pi_optimizer, pi_loss)
         q_loss = 0.5 * ((value(q, batch.obs, batch.action) - y) ** 2).mean(1).sum()
-        q_optimizer.zero_grad()
-        q_loss.backward()
-        q_optimizer.step()
-        with torch.no_grad():
-            for t, w in zip(q_target, q, strict=True):
-                t.lerp_(w, agent.args.polyak)
+        adam_step(q_optimizer, q_loss)
+        lerp(q_target, q, agent.args.polyak)
         torch.manual_seed(seed)
         agent.update(batch)
-    for mine, its in ((q, agent.critic), (q_target, agent.critic_target), (pi, agent.policy)):
-        assert all(torch.equal(a, b) for a, b in zip(mine, its.parameters(), strict=True))
+    assert same(q, agent.critic) and same(q_target, agent.critic_target) and same(pi, agent.policy)
     assert torch.equal(log_temperature, agent.log_temperature)
     assert "gap" not in agent.update(batch)  # nor pays for it
 
@@ -510,26 +466,11 @@ def test_the_target_gap_is_reached():
     assert 0.01 < metrics["alpha"].item() < 100
 
 
-@pytest.mark.parametrize("dataset", ["cartpole/mixed-v0", "pendulum/mixed-v0"])
-def test_a_resumed_run_with_target_gap_ends_bitwise_the_same(dataset, tmp_path, monkeypatch):
-    args = {"target_gap": 0.5, "steps": 30, "log_every": 10, "eval_episodes": 0, "hidden": (8,)}
-    folder = resumes_bitwise(cql, (dataset,), 20, 25, tmp_path, monkeypatch, **args)
-    assert cql.load_policy(folder).agent.log_alpha.abs() > 1e-3  # it has moved
-
-
 def test_a_run_without_penalty_can_be_loaded(tmp_path):
     args = Args(("cartpole/mixed-v0",), alpha=0.0, steps=1, eval_episodes=0, out_dir=str(tmp_path))
     cql.main(args)
     (folder,) = tmp_path.iterdir()
     assert cql.load_policy(folder).act(np.zeros((5, 4))).shape == (5,)
-
-
-@pytest.mark.parametrize("make", [discrete_agent, continuous_agent])
-def test_silent_broadcasting_is_an_error(make):
-    agent = make()
-    batch = random_batch(agent)
-    with pytest.raises(AssertionError):
-        agent.update(batch._replace(reward=batch.reward[:, None]))
 
 
 def test_twin_critics_are_two_networks():
@@ -597,26 +538,3 @@ def test_health_raises_alpha_where_q_is_too_high_and_lowers_it_where_q_is_too_lo
             assert cql.health(sane | {name: -10.1}, data, args).endswith(
                 "too pessimistic. Lower --alpha."
             )
-
-
-# ---- Learning on the built-in data; seeds from 100 on ----
-
-
-def learn(dataset, tmp_path, **flags):
-    flags = {"seed": 100, "eval_every": 0, "out_dir": str(tmp_path), **flags}
-    return cql.main(Args((dataset,), **flags))
-
-
-def test_it_learns_with_discrete_actions_and_without_the_penalty_collapses_and_says_so(tmp_path):
-    """On the narrow cartpole/expert, whose data never show a fall."""
-    result = learn("cartpole/expert-v0", tmp_path, steps=2000, eval_episodes=20)
-    assert result["return_mean"] >= 475 and "extrapolates" not in result["health"]
-    result = learn("cartpole/expert-v0", tmp_path, steps=3000, eval_episodes=20, alpha=0.0)
-    assert result["return_mean"] < 20 and result["q_policy"] > 100
-    assert "extrapolates" in result["health"] and "--alpha" in result["health"]
-
-
-def test_it_learns_with_box_actions(tmp_path):
-    """The data's mean is -578."""
-    result = learn("pendulum/mixed-v0", tmp_path, steps=2000, samples=2, eval_episodes=20)
-    assert result["return_mean"] >= -190 and "extrapolates" not in result["health"]

@@ -1,5 +1,5 @@
-"""The mathematics of iql.py against exact answers. The online phase is the same in awac.py and is
-tested here for both. (test_bc.py has the policies, test_awac.py learning on the built-in data.)"""
+"""The mathematics of iql.py against exact answers. Metrics, health line and online phase are
+those of awac.py too and tested here for both. (test_agents.py has the policies.)"""
 
 import difflib
 import math
@@ -11,7 +11,18 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from test_bc import OBS, make_data, minimise, plain_descent, resumes_bitwise, stir
+from helpers import (
+    close,
+    descend,
+    follow,
+    make_data,
+    minimise,
+    plain_descent,
+    random_batch,
+    same_parameters,
+    small_agent,
+    stir,
+)
 
 import awac
 import bc
@@ -34,20 +45,6 @@ def tabular(batch, module=iql, actions=None, **flags):
     obs_space = spaces.Box(0, 1, batch.obs.shape[1:])
     units = module.Units(obs_space, spaces.Discrete(actions or int(batch.action.max()) + 1))
     return module.Agent(units, module.Args(hidden=(), **flags)).double()
-
-
-def random_batch(n=16, discrete=False):
-    g = torch.Generator().manual_seed(0)
-    obs, next_obs = torch.randn(2, n, 3, generator=g)
-    action = torch.arange(n) % 3 if discrete else torch.rand(n, 2, generator=g) * 2 - 1
-    terminal = (torch.arange(n) % 4 == 0).float()
-    return Batch(obs, action, torch.randn(n, generator=g), next_obs, terminal)
-
-
-def small_agent(module=iql, discrete=False, **flags):
-    torch.manual_seed(0)
-    units = module.Units(OBS, spaces.Discrete(3) if discrete else spaces.Box(-1, 1, (2,)))
-    return module.Agent(units, module.Args(hidden=(8,), **flags))
 
 
 def critic_loss(agent, batch):
@@ -201,7 +198,7 @@ def test_unseen_actions_are_never_asked_for():
     batch, weights = random_batch(discrete=True), []
     batch = batch._replace(action=batch.action % 2)
     for q_unseen in (0.0, 1e6):
-        agent = small_agent(discrete=True)
+        agent = small_agent(iql, True)
         for critic in (agent.critic, agent.critic_target):
             critic.net.bias[-1].data[:, 2] = q_unseen
         for _ in range(10):
@@ -256,51 +253,37 @@ def test_weights_are_clipped_before_exp(module, flags):
 # ---- The update ----
 
 
-def reference_update(agent, batch, args):
-    """One update in the official order, written out once more: V, actor with the new V, Q with the
-    new V, targets. Returns the losses."""
-
-    def descend(module, loss):
-        parameters = [*module.parameters()]
-        for p, g in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-            p.data -= args.lr * g
-        return loss.item()
-
-    twin = agent.critic_target(batch.obs, batch.action).detach()
-    q = torch.minimum(twin[0], twin[1])
-    u = q - agent.value(batch.obs)
-    weight = torch.where(u > 0, args.expectile, 1 - args.expectile)
-    losses = {"value_loss": descend(agent.value_net, (weight * u * u).mean())}
-    w = torch.clamp(torch.exp(args.beta * (q - agent.value(batch.obs).detach())), max=100)
-    loss = (-w * agent.policy(batch.obs).log_prob(batch.action)).mean()
-    losses["actor_loss"] = descend(agent.policy, loss)
-    y = batch.reward + args.gamma * agent.value(batch.next_obs).detach() * (1 - batch.terminal)
-    one, two = agent.critic(batch.obs, batch.action)
-    mse = torch.nn.functional.mse_loss
-    losses["critic_loss"] = descend(agent.critic, mse(one, y) + mse(two, y))
-    for target, source in zip(
-        agent.critic_target.parameters(), agent.critic.parameters(), strict=True
-    ):
-        target.data = (1 - args.polyak) * target.data + args.polyak * source.data
-    return losses
-
-
 @pytest.mark.parametrize("discrete", [False, True])
 def test_an_update_is_the_official_one(discrete, monkeypatch):
+    """In the official order, written out once more: V, actor with the new V, Q with the new V,
+    targets."""
     monkeypatch.setattr(iql, "step", plain_descent)
     batch = random_batch(discrete=discrete)
     flags = {"lr": 0.05, "polyak": 0.1, "beta": 2.0, "expectile": 0.8, "gamma": 0.9}
-    theirs = stir(small_agent(discrete=discrete, **flags))
+    theirs = stir(small_agent(iql, discrete, **flags))
     ours = deepcopy(theirs)
     metrics = ours.update(batch)
-    expected = reference_update(theirs, batch, theirs.args)
-    assert {k: x.item() for k, x in metrics.items()} == pytest.approx(expected, rel=1e-5)
-    for (name, p), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        assert torch.allclose(p, other, atol=1e-6), name
+
+    q = theirs.critic_target(batch.obs, batch.action).detach().amin(0)
+    u = q - theirs.value(batch.obs)
+    value_loss = (torch.where(u > 0, 0.8, 0.2) * u * u).mean()
+    descend(value_loss, theirs.value_net.parameters(), 0.05)
+    w = torch.clamp(torch.exp(2 * (q - theirs.value(batch.obs).detach())), max=100)
+    actor_loss = (-w * theirs.policy(batch.obs).log_prob(batch.action)).mean()
+    descend(actor_loss, theirs.policy.parameters(), 0.05)
+    y = batch.reward + 0.9 * theirs.value(batch.next_obs).detach() * (1 - batch.terminal)
+    one, two = theirs.critic(batch.obs, batch.action)
+    mse = torch.nn.functional.mse_loss
+    critic_loss = mse(one, y) + mse(two, y)
+    descend(critic_loss, theirs.critic.parameters(), 0.05)
+    follow(theirs.critic_target, theirs.critic, 0.1)
+    losses = {"value_loss": value_loss, "actor_loss": actor_loss, "critic_loss": critic_loss}
+    close(metrics, losses)
+    same_parameters(ours, theirs)
 
 
 def test_no_loss_has_gradients_in_the_networks_of_another():
-    batch, agent = random_batch(), small_agent()
+    batch, agent = random_batch(), small_agent(iql)
     q = agent.critic(batch.obs, batch.action).min(0).values.detach()
     networks = {"value": agent.value_net, "policy": agent.policy, "critic": agent.critic}
     losses = {
@@ -316,29 +299,17 @@ def test_no_loss_has_gradients_in_the_networks_of_another():
 
 
 def test_the_actor_learning_rate_falls_along_a_cosine_unless_an_online_phase_follows():
-    batch, agent = random_batch(), small_agent(steps=10, lr=0.01)
+    batch, agent = random_batch(), small_agent(iql, steps=10, lr=0.01)
     for update in range(1, 11):
         agent.update(batch)
         expected = 0.01 * (1 + math.cos(math.pi * update / 10)) / 2
         assert agent.actor_optimizer.lr.item() == pytest.approx(expected, abs=1e-8)
         for optimizer in (agent.value_optimizer, agent.critic_optimizer):
             assert optimizer.lr.item() == pytest.approx(0.01)
-    agent = small_agent(steps=10, lr=0.01, online_steps=5)
+    agent = small_agent(iql, steps=10, lr=0.01, online_steps=5)
     for _ in range(10):
         agent.update(batch)
     assert agent.actor_optimizer.lr.item() == pytest.approx(0.01)
-
-
-def test_silent_broadcasting_is_an_error():
-    batch, agent, q = random_batch(2), small_agent(), torch.zeros(2)  # as many as critics: worst
-    wrong = batch._replace(reward=batch.reward[:, None])
-    for loss in (
-        lambda: agent.value_loss(batch, q[:, None]),
-        lambda: critic_loss(agent, wrong),
-        lambda: actor_loss(agent, batch, q[:, None]),
-    ):
-        with pytest.raises(AssertionError):
-            loss()
 
 
 # ---- What the run says: metrics and health, of both ----
@@ -351,7 +322,7 @@ def test_diagnose_measures_what_it_says(module, discrete):
     batch = random_batch(discrete=discrete)
     agent = stir(small_agent(module, discrete, **{"beta" if module is iql else "lam": 1.0}))
     torch.manual_seed(5)
-    metrics = {name: value.item() for name, value in agent.diagnose(batch).items()}
+    metrics = agent.diagnose(batch)
     torch.manual_seed(5)
     out = agent.policy.net(batch.obs)[0].detach()
     mode = out.argmax(1) if discrete else out.tanh()
@@ -378,8 +349,7 @@ def test_diagnose_measures_what_it_says(module, discrete):
     expected |= {"weight_ess": w.sum() ** 2 / (w**2).sum() / 16, "weight_clipped": 0}
     expected |= {"nll": nll, "action_distance": distance}
     expected |= {"advantage": (q - value).mean()} if "advantage" in metrics else {}
-    expected = {name: float(value) for name, value in expected.items()}
-    assert metrics == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    close(metrics, expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("module", BOTH)
@@ -536,15 +506,3 @@ def test_logs_and_evaluations_wait_for_the_end_of_an_episode(module, tmp_path, m
             last = update
     assert [row["step"] for row in run.metrics] == [*logged, 50]
     assert evaluated == [*returns, 20] and returns
-
-
-@pytest.mark.parametrize(
-    ("module", "dataset", "online"),
-    [(awac, "cartpole/random-v0", 100), (iql, "pendulum/mixed-v0", 420)],
-)
-def test_a_resumed_online_phase_ends_bitwise_the_same(
-    module, dataset, online, tmp_path, monkeypatch
-):
-    flags = {"steps": 30, "log_every": 10, "eval_every": 20, "eval_episodes": 10, "hidden": (8,)}
-    kill_at, flags["online_steps"] = 25 + online, online
-    resumes_bitwise(module, (dataset,), 31, kill_at, tmp_path, monkeypatch, **flags)

@@ -1,14 +1,15 @@
 """The mathematics of mopo.py against exact answers: the model, the penalty, the rollouts, SAC and
-COMBO on them, and runs."""
+COMBO on them, and runs. (test_agents.py has what all files share.)"""
 
 import itertools
 import math
-from functools import cache, partial
+from functools import cache
 
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from helpers import adam, adam_step, clone, close, forward, lerp, same
 from minari.data_collector import EpisodeBuffer
 from torch import nn
 from torch.distributions import Normal
@@ -673,21 +674,6 @@ def test_batches_have_exactly_the_real_share_and_real_rewards_stay():
 # ---- SAC and COMBO ----
 
 
-def clone(module):
-    return [p.detach().clone().requires_grad_() for p in module.parameters()]
-
-
-def forward(weights, x):
-    """An MLP with one hidden layer from w0, w1, b0, b1, by the same products as torch's bmm."""
-    w0, w1, b0, b1 = weights
-    x = torch.baddbmm(b0, w0, x.mT.expand(len(w0), *x.mT.shape[-2:])).relu()
-    return torch.baddbmm(b1, w1, x).mT
-
-
-def same(tensors, module):
-    return all(torch.equal(a, b) for a, b in zip(tensors, module.parameters(), strict=True))
-
-
 @pytest.mark.parametrize("beta", [0.0, 2.0])
 def test_updates_are_those_of_sac_and_of_combo_written_out(beta):
     """Five updates on the same batches and random numbers, bit for bit."""
@@ -698,9 +684,7 @@ def test_updates_are_those_of_sac_and_of_combo_written_out(beta):
         x.data += 0.1 * torch.randn_like(x)  # not the critic
     q, q_target, pi = map(clone, (agent.critic, agent.critic_target, agent.policy))
     log_temperature = torch.zeros((), requires_grad=True)
-    optimizer = partial(torch.optim.Adam, fused=True)
-    q_optimizer = optimizer(q, torch.tensor(2e-3))
-    pi_optimizer = optimizer([*pi, log_temperature], torch.tensor(3e-4))
+    q_optimizer, pi_optimizer = adam(q, 2e-3), adam([*pi, log_temperature], 3e-4)
 
     def sample(obs, shape=()):
         mean, log_std = forward(pi, obs)[0].chunk(2, -1)
@@ -738,51 +722,22 @@ def test_updates_are_those_of_sac_and_of_combo_written_out(beta):
             gap = down.mean(1) - q_data[:, :32].mean(1)
             q_loss = td_loss + beta * gap.sum()
         entropy = -log_pi.mean()
-        pi_optimizer.zero_grad()
-        (pi_loss + temperature_loss).backward()
-        pi_optimizer.step()
-        q_optimizer.zero_grad()
-        q_loss.backward()
-        q_optimizer.step()
-        with torch.no_grad():
-            for t, w in zip(q_target, q, strict=True):
-                t.lerp_(w, 0.02)
+        adam_step(pi_optimizer, pi_loss + temperature_loss)
+        adam_step(q_optimizer, q_loss)
+        lerp(q_target, q, 0.02)
         torch.manual_seed(seed)
         metrics = agent.update(agent.sample(data))
         expected = {"td_loss": td_loss, "actor_loss": pi_loss, "entropy": entropy}
         expected |= {"critic_loss": q_loss, "temperature": log_temperature.exp()}
         expected |= {"gap": gap.mean()} if beta else {}
-        assert {name: x.item() for name, x in metrics.items()} == pytest.approx(
-            {name: x.item() for name, x in expected.items()}, rel=1e-4
-        )
+        close(metrics, expected, rel=1e-4)
     assert same(q, agent.critic) and same(q_target, agent.critic_target) and same(pi, agent.policy)
     assert torch.equal(log_temperature, agent.log_temperature)
 
 
-def test_the_target_networks_start_as_copies():
-    agent = make_agent()
-    assert same(clone(agent.critic), agent.critic_target)
-    mine = {id(p) for p in agent.critic.parameters()}
-    assert not mine & {id(p) for p in agent.critic_target.parameters()}
-
-
-def test_a_terminal_transition_is_worth_its_reward_and_the_others_bootstrap():
-    agent, _ = world_agent()
-    batch = random_batch(terminal=1.0)
-    assert torch.equal(agent.target(batch), batch.reward)
-    assert not agent.target(batch).requires_grad
-    assert (agent.target(batch._replace(terminal=torch.zeros(8))) != batch.reward).all()
-
-
-def test_silent_broadcasting_is_an_error():
+def test_silent_broadcasting_in_the_model_is_an_error():
     agent, data = world_agent()
-    batch = random_batch(2)  # as many as critics: nothing else would notice
-    wrong = batch._replace(reward=batch.reward[:, None])
-    action, log_pi = agent.policy(batch.obs).sample_and_log_prob()
-    with pytest.raises(AssertionError):
-        agent.actor_loss(wrong, action, log_pi)
-    with pytest.raises(AssertionError):
-        agent.td_loss(agent.critic(batch.obs, batch.action), agent.target(wrong))
+    batch = random_batch(4)
     with pytest.raises(AssertionError):
         agent.model.loss(batch.obs, batch.action, torch.zeros(4))
     agent.model.uncertainty = lambda mean, logvar: torch.ones(20, 1)
@@ -815,22 +770,7 @@ def test_on_data_states_the_conservative_term_is_that_of_cql():
     assert torch.allclose(agent.conservative_gap(batch, q), expected, atol=1e-6)
 
 
-# ---- Deployment, diagnosis, health ----
-
-
-def test_the_policy_acts_on_raw_observations_in_the_units_of_the_environment():
-    torch.manual_seed(0)
-    its_units = units(3, 2, low=-2.0, high=3.0)
-    its_units.obs_mean.fill_(5), its_units.obs_std.fill_(3)
-    agent = Agent(its_units, Args(hidden=(16,)))
-    policy, obs = mopo.Policy(agent, its_units), 5 + 3 * torch.randn(4_000, 3)
-    mean, log_std = forward(clone(agent.policy), (obs - 5) / 3)[0].detach().chunk(2, -1)
-    expected = 0.5 + 2.5 * mean.tanh()
-    assert np.allclose(policy.act(obs.numpy()), expected, atol=1e-5)
-    sampled = torch.as_tensor(policy.act(obs.numpy(), deterministic=False))
-    z = (((sampled - 0.5) / 2.5).clamp(-1 + 1e-6, 1 - 1e-6).atanh() - mean) / log_std.exp()
-    assert abs(z.mean()) < 0.05 and abs(z.std() - 1) < 0.05
-    assert (sampled - expected).abs().mean() > 0.5
+# ---- Diagnosis, health ----
 
 
 def test_diagnose_equals_values_by_hand():
@@ -863,7 +803,7 @@ def test_diagnose_equals_values_by_hand():
     assert (q_data[0] < q_data[1]).float().mean() not in (0, 1)
     torch.manual_seed(2)
     metrics = agent.diagnose(batch)
-    assert {name: x.item() for name, x in metrics.items()} == pytest.approx(expected, rel=1e-5)
+    close(metrics, expected)
     assert len({round(x, 4) for x in expected.values()}) == 6
 
 
@@ -1110,23 +1050,3 @@ def test_the_phases_of_a_run(tmp_path, monkeypatch, capsys):
     (folder,) = tmp_path.iterdir()
     report = (folder / "model.txt").read_text()
     assert "20 transitions of held-out episodes" in report and report in capsys.readouterr().out
-
-
-# ---- Learning on the built-in data, a seed that nothing was tuned on ----
-
-
-SHORT = {"steps": 2_000, "model_epochs": 20, "eval_episodes": 20}
-
-
-@pytest.mark.parametrize(
-    ("dataset", "bound", "flags"),
-    [
-        ("pendulum/random-v0", -150, SHORT),  # the data -1207
-        ("pendulum/mixed-v0", -150, {}),  # the data -578
-    ],
-)
-def test_learns(dataset, bound, flags, tmp_path):
-    flags = {"seed": 100, "eval_every": 0, "out_dir": str(tmp_path)} | flags
-    result = mopo.main(Args(dataset_id=(dataset,), **flags))
-    assert result["return_mean"] >= bound
-    assert "possible are" in result["health"]
