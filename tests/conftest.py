@@ -21,3 +21,8 @@ def empty_minari_root(tmp_path_factory, monkeypatch):
     yield root
     torch.backends.mkldnn.matmul.fp32_precision = "none"  # use_cpu_well is for the process
     torch.distributions.Distribution.set_default_validate_args(True)
+
+
+def pytest_collection_modifyitems(items):
+    """The longest first, so that the workers end together."""
+    items.sort(key=lambda item: "test_learning" not in item.nodeid)

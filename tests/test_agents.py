@@ -9,7 +9,11 @@ import torch
 from gymnasium import spaces
 from helpers import (
     OBS,
+    adam,
+    adam_step,
     clone,
+    close,
+    forward,
     lerp,
     make_data,
     random_batch,
@@ -17,6 +21,8 @@ from helpers import (
     small_agent,
     stir,
 )
+from torch.distributions import Normal
+from torch.nn.functional import softplus
 
 import awac
 import bc
@@ -185,6 +191,69 @@ def test_silent_broadcasting_is_an_error(module, discrete):
     for loss, *inputs in losses(module, discrete, agent, wrong):
         with pytest.raises(AssertionError):
             loss(*inputs)
+
+
+# cql.py with alpha 0 is SAC without the entropy in the backup, mopo.py is SAC, or COMBO.
+SAC = [(cql, {"alpha": 0.0}), (mopo, {}), (mopo, {"conservative": 2.0, "real_ratio": 0.5})]
+
+
+@pytest.mark.parametrize(("module", "flags"), SAC)
+def test_updates_are_those_of_sac_and_of_combo_written_out(module, flags):
+    """Five updates on the same batches and random numbers, bit for bit."""
+    beta, n = flags.get("conservative", 0), 32  # n transitions are real, as many the model's
+    rates = {"actor_lr": 3e-4, "critic_lr": 2e-3, "polyak": 0.02, "gamma": 0.9, "batch_size": 64}
+    agent, batch = small_agent(module, **rates, **flags), random_batch(2 * n)
+    for x in agent.critic_target.parameters():
+        x.data += 0.1 * torch.randn_like(x)  # not the critic
+    q, q_target, pi = map(clone, (agent.critic, agent.critic_target, agent.policy))
+    log_temperature = torch.zeros((), requires_grad=True)
+    q_optimizer, pi_optimizer = adam(q, 2e-3), adam([*pi, log_temperature], 3e-4)
+
+    def sample(obs, shape=()):
+        mean, log_std = forward(pi, obs)[0].chunk(2, -1)
+        std = log_std.clamp(-5, 2).exp()
+        z = Normal(mean, std).rsample(shape)
+        action, slope = z.tanh(), 2 * (math.log(2) - z - softplus(-2 * z))
+        return action, (Normal(mean, std).log_prob(z) - slope).sum(-1)
+
+    def q_value(weights, obs, action):
+        x = torch.cat([obs, action], -1)
+        return forward(weights, x.flatten(0, -2)).reshape(2, *x.shape[:-1])
+
+    for seed in range(5):
+        torch.manual_seed(seed)
+        q_data = q_value(q, batch.obs, batch.action)
+        action, log_pi = sample(batch.obs)
+        q_pi = q_value(q, batch.obs, action).min(0).values
+        pi_loss = (log_temperature.exp().detach() * log_pi - q_pi).mean()
+        temperature_loss = -(log_temperature * (log_pi.detach() - 2)).mean()  # A = 2
+        with torch.no_grad():
+            next_action, next_log_pi = sample(batch.next_obs)
+            next_v = q_value(q_target, batch.next_obs, next_action).min(0).values
+            if module is mopo:
+                next_v = next_v - log_temperature.exp() * next_log_pi
+            y = batch.reward + 0.9 * (1 - batch.terminal) * next_v
+        q_loss = td_loss = 0.5 * ((q_data - y) ** 2).mean(1).sum()
+        if beta:
+            obs, next_obs = batch.obs[n:], batch.next_obs[n:]  # the states of the model
+            uniform = torch.empty(10, n, 2).uniform_(-1, 1)
+            with torch.no_grad():
+                (a_pi, log_mu), (a_next, log_next) = sample(obs, (10,)), sample(next_obs, (10,))
+            log_mu = torch.cat([torch.full((10, n), -2 * math.log(2)), log_mu, log_next])
+            actions = torch.cat([uniform, a_pi, a_next])
+            down = (q_value(q, obs.expand(30, -1, -1), actions) - log_mu).logsumexp(1)
+            gap = down.mean(1) - q_data[:, :n].mean(1)
+            q_loss = td_loss + beta * gap.sum()
+        adam_step(pi_optimizer, pi_loss + temperature_loss)
+        adam_step(q_optimizer, q_loss)
+        lerp(q_target, q, 0.02)
+        torch.manual_seed(seed)
+        metrics = agent.update(batch)
+        expected = {"td_loss": td_loss, "actor_loss": pi_loss, "entropy": -log_pi.mean()}
+        expected |= {"critic_loss": q_loss, "temperature": log_temperature.exp()}
+        close(metrics, expected | ({"gap": gap.mean()} if beta else {}), rel=1e-4)
+    assert same(q, agent.critic) and same(q_target, agent.critic_target) and same(pi, agent.policy)
+    assert torch.equal(log_temperature, agent.log_temperature)
 
 
 # ---- Metrics ----

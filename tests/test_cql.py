@@ -27,7 +27,7 @@ from torch.distributions import Independent, Normal, TanhTransform
 from torch.distributions import TransformedDistribution as Transformed
 
 import cql
-from cql import Args, Batch, DiscreteCQL, TanhNormal, Units, pick, soft_maximum
+from cql import Args, Batch, DiscreteCQL, TanhNormal, Units, pick
 
 
 def make_agent(obs_space, action_space, **flags):
@@ -142,22 +142,6 @@ def test_continuous_gap_ignores_a_constant_and_trains_no_policy():
     gap = agent.gap(obs, torch.zeros(2, 4), pi, pi)
     gradients = torch.autograd.grad(gap.sum(), parameters, allow_unused=True)
     assert pi.median.requires_grad and not any(g is not None for g in gradients)
-
-
-def test_continuous_proposals_are_uniform_and_from_both_policies_all_valued_at_s():
-    seen, obs = [], torch.randn(2, 3)
-
-    def spy(its_obs, action):
-        seen.append((its_obs, action))
-        return action.sum(-1)[None]
-
-    narrow = [TanhNormal(torch.full((2, 1), m), torch.full((2, 1), 1e-3)) for m in (-1.0, 1.0)]
-    soft_maximum(spy, obs, *narrow, 1000)
-    ((its_obs, action),) = seen
-    assert torch.equal(its_obs, obs.expand(3000, 2, 3))
-    uniform, from_pi, from_pi_next = action.split(1000)
-    assert uniform.mean().abs() < 0.05 and uniform.std() == pytest.approx(3**-0.5, abs=0.02)
-    assert from_pi.max() < -0.7 and from_pi_next.min() > 0.7
 
 
 # ---- The lower bound and other exact answers, tabular ----
@@ -404,47 +388,6 @@ def test_alpha_0_is_double_dqn_bit_for_bit():
         lerp(q_target, q, args.polyak)
         agent.update(batch)
     assert same(q, agent.critic) and same(q_target, agent.critic_target)
-
-
-def test_alpha_0_is_sac_without_entropy_in_the_backup_bit_for_bit():
-    torch.manual_seed(0)
-    agent = continuous_agent(dim=2, alpha=0.0)
-    q, q_target, pi = map(clone, (agent.critic, agent.critic_target, agent.policy))
-    log_temperature = torch.zeros((), requires_grad=True)
-    q_optimizer = adam(q, 1e-3)
-    pi_optimizer = adam([*pi, log_temperature], 3e-4)
-
-    def sample(obs):
-        mean, log_std = forward(pi, obs)[0].chunk(2, -1)
-        normal = Normal(mean, log_std.clamp(-5, 2).exp())
-        u = normal.rsample()
-        action = u.tanh()  # before the slope: gradients are summed in the order of the graph
-        slope = 2 * (math.log(2) - u - torch.nn.functional.softplus(-2 * u))
-        return action, (normal.log_prob(u) - slope).sum(-1)
-
-    def value(weights, obs, action):
-        return forward(weights, torch.cat([obs, action], -1))[..., 0]
-
-    for seed in range(5):
-        batch = random_batch(agent)
-        torch.manual_seed(seed)
-        action, log_pi = sample(batch.obs)
-        q_pi = value(q, batch.obs, action).min(0).values
-        pi_loss = (log_temperature.exp().detach() * log_pi - q_pi).mean()
-        pi_loss = pi_loss - (log_temperature * (log_pi.detach() - 2)).mean()
-        with torch.no_grad():
-            next_action, _ = sample(batch.next_obs)
-            next_q = value(q_target, batch.next_obs, next_action).min(0).values
-            y = batch.reward + 0.99 * (1 - batch.terminal) * next_q
-        adam_step(pi_optimizer, pi_loss)
-        q_loss = 0.5 * ((value(q, batch.obs, batch.action) - y) ** 2).mean(1).sum()
-        adam_step(q_optimizer, q_loss)
-        lerp(q_target, q, agent.args.polyak)
-        torch.manual_seed(seed)
-        agent.update(batch)
-    assert same(q, agent.critic) and same(q_target, agent.critic_target) and same(pi, agent.policy)
-    assert torch.equal(log_temperature, agent.log_temperature)
-    assert "gap" not in agent.update(batch)  # nor pays for it
 
 
 @pytest.mark.parametrize("make", [discrete_agent, continuous_agent])

@@ -4,16 +4,16 @@ COMBO on them, and runs. (test_agents.py has what all files share.)"""
 import itertools
 import math
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from helpers import adam, adam_step, clone, close, forward, lerp, same
+from helpers import clone, close, forward, same
 from minari.data_collector import EpisodeBuffer
 from torch import nn
-from torch.distributions import Normal
-from torch.nn.functional import normalize, softplus
+from torch.nn.functional import normalize
 
 import cql
 import mopo
@@ -674,67 +674,6 @@ def test_batches_have_exactly_the_real_share_and_real_rewards_stay():
 # ---- SAC and COMBO ----
 
 
-@pytest.mark.parametrize("beta", [0.0, 2.0])
-def test_updates_are_those_of_sac_and_of_combo_written_out(beta):
-    """Five updates on the same batches and random numbers, bit for bit."""
-    flags = {"conservative": beta, "real_ratio": 0.5} if beta else {"real_ratio": 1.0}
-    flags |= {"actor_lr": 3e-4, "critic_lr": 2e-3, "polyak": 0.02, "gamma": 0.9}
-    agent, data, _ = rolled_out(action_dim=2, batch_size=64, **flags)
-    for x in agent.critic_target.parameters():
-        x.data += 0.1 * torch.randn_like(x)  # not the critic
-    q, q_target, pi = map(clone, (agent.critic, agent.critic_target, agent.policy))
-    log_temperature = torch.zeros((), requires_grad=True)
-    q_optimizer, pi_optimizer = adam(q, 2e-3), adam([*pi, log_temperature], 3e-4)
-
-    def sample(obs, shape=()):
-        mean, log_std = forward(pi, obs)[0].chunk(2, -1)
-        std = log_std.clamp(-5, 2).exp()
-        z = Normal(mean, std).rsample(shape)
-        action, slope = z.tanh(), 2 * (math.log(2) - z - softplus(-2 * z))
-        return action, (Normal(mean, std).log_prob(z) - slope).sum(-1)
-
-    def q_value(weights, obs, action):
-        x = torch.cat([obs, action], -1)
-        return forward(weights, x.flatten(0, -2)).reshape(2, *x.shape[:-1])
-
-    for seed in range(5):
-        torch.manual_seed(seed)
-        batch = agent.sample(data)
-        q_data = q_value(q, batch.obs, batch.action)
-        action, log_pi = sample(batch.obs)
-        q_pi = q_value(q, batch.obs, action).min(0).values
-        pi_loss = (log_temperature.exp().detach() * log_pi - q_pi).mean()
-        temperature_loss = -(log_temperature * (log_pi.detach() - 2)).mean()  # A = 2
-        with torch.no_grad():
-            next_action, next_log_pi = sample(batch.next_obs)
-            next_q = q_value(q_target, batch.next_obs, next_action).min(0).values
-            next_v = next_q - log_temperature.exp() * next_log_pi
-            y = batch.reward + 0.9 * (1 - batch.terminal) * next_v
-        q_loss = td_loss = 0.5 * ((q_data - y) ** 2).mean(1).sum()
-        if beta:
-            obs, next_obs = batch.obs[32:], batch.next_obs[32:]  # the states of the model
-            uniform = torch.empty(10, 32, 2).uniform_(-1, 1)
-            with torch.no_grad():
-                (a_pi, log_mu), (a_next, log_next) = sample(obs, (10,)), sample(next_obs, (10,))
-            log_mu = torch.cat([torch.full((10, 32), -2 * math.log(2)), log_mu, log_next])
-            actions = torch.cat([uniform, a_pi, a_next])
-            down = (q_value(q, obs.expand(30, -1, -1), actions) - log_mu).logsumexp(1)
-            gap = down.mean(1) - q_data[:, :32].mean(1)
-            q_loss = td_loss + beta * gap.sum()
-        entropy = -log_pi.mean()
-        adam_step(pi_optimizer, pi_loss + temperature_loss)
-        adam_step(q_optimizer, q_loss)
-        lerp(q_target, q, 0.02)
-        torch.manual_seed(seed)
-        metrics = agent.update(agent.sample(data))
-        expected = {"td_loss": td_loss, "actor_loss": pi_loss, "entropy": entropy}
-        expected |= {"critic_loss": q_loss, "temperature": log_temperature.exp()}
-        expected |= {"gap": gap.mean()} if beta else {}
-        close(metrics, expected, rel=1e-4)
-    assert same(q, agent.critic) and same(q_target, agent.critic_target) and same(pi, agent.policy)
-    assert torch.equal(log_temperature, agent.log_temperature)
-
-
 def test_silent_broadcasting_in_the_model_is_an_error():
     agent, data = world_agent()
     batch = random_batch(4)
@@ -977,48 +916,31 @@ SMALL |= {"rollout_starts": 5, "rollout_length": 2, "rollout_every": 3, "batch_s
 SMALL |= {"real_ratio": 0.5, "terminal_updates": 20}
 
 
-@pytest.mark.parametrize(
-    ("owner", "where", "call", "conservative", "fits"),
-    [
-        (Model, "loss", 3, 0.0, True),
-        (mopo.Agent, "sample", 1, 0.0, True),
-        (mopo.Agent, "sample", 4, 1.0, False),
-    ],
-)
-def test_a_resumed_run_ends_as_an_uninterrupted_one_and_its_policy_loads(
-    owner, where, call, conservative, fits, tmp_path, monkeypatch
+@pytest.mark.parametrize(("call", "fits"), [(1, True), (4, False)])
+def test_a_run_that_is_resumed_after_its_first_checkpoint_fits_nothing_again(
+    call, fits, tmp_path, monkeypatch
 ):
-    """Stopped in the fit, after it, and after the first checkpoint with the fitted model, where
-    nothing is fitted again."""
     monkeypatch.setattr(mopo, "open_dataset", four_episodes)
-    flags = SMALL | {"conservative": conservative}
-    whole = mopo.main(Args(**flags, out_dir=str(tmp_path / "whole")))
-    original, calls = getattr(owner, where), []
+    flags, sample, calls = SMALL | {"conservative": 1.0}, mopo.Agent.sample, []
+    whole = mopo.main(Args(**flags, out_dir="whole"))
 
-    def stop(self, *arguments):
-        calls.append(arguments)
+    def stop(self, data):
+        calls.append(data)
         if len(calls) == call:
             raise KeyboardInterrupt
-        return original(self, *arguments)
+        return sample(self, data)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(owner, where, stop)
-        mopo.main(Args(**flags, out_dir=str(tmp_path / "part")))
-    (folder,) = (tmp_path / "part").iterdir()
+        patch.setattr(mopo.Agent, "sample", stop)
+        mopo.main(Args(**flags, out_dir="part"))
+    (folder,) = Path("part").iterdir()
     fitted, fit = [], mopo.fit_ensemble
     monkeypatch.setattr(mopo, "fit_ensemble", lambda *x: fitted.append(x) or fit(*x))
-    resumed = mopo.main(Args(resume=str(folder)))
+    assert {**whole, "seconds": 0} == {**mopo.main(Args(resume=str(folder))), "seconds": 0}
     assert bool(fitted) == fits
-    assert {**whole, "seconds": 0} == {**resumed, "seconds": 0}
-    (whole_folder,) = (tmp_path / "whole").iterdir()
-    for name in ("metrics.csv", "model.txt"):
-        assert (folder / name).read_text() == (whole_folder / name).read_text()
-    one, other = (mopo.load_policy(f) for f in (folder, whole_folder))
-    state = other.state_dict()
-    assert all(torch.equal(x, state[name]) for name, x in one.state_dict().items())
-    assert abs(one.agent.model.terminal_threshold) < 100  # fitted
-    obs = np.random.default_rng(0).normal(size=(5, 3))
-    assert (one.act(obs) == other.act(obs)).all() and (np.abs(one.act(obs)) <= 2).all()
+    loaded = [mopo.load_policy(next(Path(x).iterdir())) for x in ("part", "whole")]
+    assert all(map(torch.equal, *(x.state_dict().values() for x in loaded)))
+    assert abs(loaded[0].agent.model.terminal_threshold) < 100  # fitted
 
 
 def test_the_phases_of_a_run(tmp_path, monkeypatch, capsys):

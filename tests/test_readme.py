@@ -1,14 +1,15 @@
 """Runs the README: every bash command, training with few steps, and every Python block, in order in
 one empty folder that has copies of the files."""
 
-import os
 import re
+import runpy
+import shlex
 import shutil
-import subprocess
-import sys
-from pathlib import Path
+from glob import glob
 
-ROOT = Path(__file__).parent.parent
+from test_copies import ROOT
+from test_run import flags_of_the_shell
+
 README = (ROOT / "README.md").read_text()
 CI = (ROOT / ".ci/run").read_text()
 SCRIPTS = ["bc.py", "cql.py", "iql.py", "bcq.py", "awac.py", "mopo.py", "ope.py"]
@@ -18,12 +19,11 @@ BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```$", README, re.M | re.S)
 
 
 def test_every_block_works_in_order(tmp_path, monkeypatch):
+    """In this process: the imports of one are those of all. (test_run.py has real processes.)"""
     for script in SCRIPTS:
         shutil.copy(ROOT / script, tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path}
     assert len(BLOCKS) > 5
     for language, code in BLOCKS:
         if language == "python":
@@ -32,13 +32,12 @@ def test_every_block_works_in_order(tmp_path, monkeypatch):
         for line in code.strip().splitlines():
             if line in CI or line.startswith(("pip install", "python benchmarks/", "uv ")):
                 continue
-            python, script, *_ = line.split()
+            line += f" {SHORT_OPE if 'ope.py' in line.split()[1] else SHORT}"
+            python, script, *flags = shlex.split(line)
             assert python == "python" and script in SCRIPTS, line
-            line += f" {SHORT_OPE if script == 'ope.py' else SHORT}"
-            done = subprocess.run(
-                ["bash", "-c", line], capture_output=True, text=True, env=environment
-            )
-            assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+            flags = [match for x in flags for match in (glob(x) or [x])]
+            with flags_of_the_shell(script, flags):
+                runpy.run_path(script, run_name="__main__")
 
 
 def test_the_two_commands_are_what_ci_runs():
