@@ -2,6 +2,7 @@
 updates are made of that are written out."""
 
 import importlib
+from contextlib import contextmanager
 from dataclasses import fields
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from gymnasium import spaces
 from test_copies import TRAINING
 
+import cql
 import iql
 
 BOX_ONLY = {"mopo.py"}
@@ -19,6 +21,14 @@ OBS = spaces.Box(-np.inf, np.inf, (3,), np.float32)
 
 def module(file):
     return importlib.import_module(file.removesuffix(".py"))
+
+
+@contextmanager
+def refused(message, error=cql.UserError):
+    """What stands inside raises this error, whose message matches and is one line."""
+    with pytest.raises(error, match=message) as caught:
+        yield caught
+    assert "\n" not in str(caught.value) and "Traceback" not in str(caught.value)
 
 
 def has_flag(module, name):

@@ -15,7 +15,6 @@ from minari.data_collector import EpisodeBuffer
 from torch import nn
 from torch.nn.functional import normalize
 
-import cql
 import mopo
 from mopo import Agent, Args, Batch, Dataset, Model, ModelBuffer, Units
 
@@ -691,22 +690,6 @@ def test_an_update_leaves_the_model_and_the_gradients_of_others_alone():
     assert same(before, agent.model)
     others = [*agent.model.parameters(), *agent.critic_target.parameters()]
     assert all(p.grad is None for p in others)
-
-
-def test_on_data_states_the_conservative_term_is_that_of_cql():
-    torch.manual_seed(0)
-    agent = make_agent(action_dim=2, conservative=2.0, real_ratio=0.5, batch_size=8)
-    reference = cql.ContinuousCQL(agent_units := units(3, 2), cql.Args(hidden=(16,), samples=10))
-    assert agent_units.action_dim == agent.action_dim
-    reference.critic.load_state_dict(agent.critic.state_dict())
-    half = random_batch(4, action_dim=2)
-    batch = Batch(*(torch.cat([x, x]) for x in half))  # the model's states are the data's
-    pi, pi_next = agent.policy(half.obs), agent.policy(half.next_obs)
-    q = agent.critic(batch.obs, batch.action)
-    torch.manual_seed(5)
-    expected = reference.gap(half.obs, q[:, :4], pi, pi_next).mean(1)
-    torch.manual_seed(5)
-    assert torch.allclose(agent.conservative_gap(batch, q), expected, atol=1e-6)
 
 
 # ---- Diagnosis, health ----
