@@ -31,10 +31,11 @@ SMALL = {"batch_size": 128, "hidden": (64, 64)}
 
 # Data quality: CartPole, the controller's noise, every method, learning curves.
 NOISES = [round(0.1 * i, 1) for i in range(11)]
+RAW = {"normalize_obs": False}  # as the numbers here were made; the default of cql.py is True
 METHODS = {  # name: file, flags
     "BC": ("bc", {}),
     "%BC": ("bc", {"top_fraction": 0.1}),
-    "CQL": ("cql", {}),
+    "CQL": ("cql", RAW),
     "IQL": ("iql", {}),
     "AWAC": ("awac", {}),
 }
@@ -80,7 +81,7 @@ def critic(dataset, alpha, seed, every):
     """One training run of cql.py, and what it believes after every so many updates. -> rows of
     update, state, action, q, policy_action, gap, q_policy, true_value, return_mean."""
     cql = module("cql")
-    args = cql.Args(dataset_id=(dataset,), alpha=float(alpha), seed=seed, **FAST)
+    args = cql.Args(dataset_id=(dataset,), alpha=float(alpha), seed=seed, **FAST, **RAW)
     args, _ = cql.start(args)
     data = cql.Dataset(args.dataset_id)
     agent = cql.Agent(data.units, args)

@@ -28,11 +28,12 @@ WIDTH, HEIGHT = 7, 5
 START, GOAL, DEAD_END, ELSEWHERE = (0, 0), (6, 0), (6, 4), (0, 4)
 DOOR = [(2, 2), (4, 2)]  # both sides of the only gap in the wall, which is column 3
 MOVES = [(1, 0), (0, 1), (-1, 0), (0, -1)]
+RAW = {"normalize_obs": False}  # as the numbers here were made; the default of cql.py is True
 METHODS = {  # file, flags
     "BC": ("bc", {}),
     "%BC": ("bc", {"top_fraction": 0.4}),
     "IQL": ("iql", {"reward_scale": 1.0}),
-    "CQL": ("cql", {}),
+    "CQL": ("cql", RAW),
 }
 COMMON = {"seed": 100, "steps": 1_500, "gamma": 0.95, "eval_episodes": 0, "hidden": (64, 64)}
 
