@@ -147,9 +147,8 @@ class Agent(nn.Module):
         self.critic = (DiscreteCritic if discrete else BoxCritic)(units, args.hidden)
         self.critic_target = deepcopy(self.critic)
         self.value_net = MLP(1, units.obs_dim, *args.hidden, 1)
-        # As in the paper the actor's rate falls to 0 along a cosine, but not if it learns online.
-        decay = args.steps if args.online_steps == 0 else math.inf
-        self.actor_optimizer = Adam(self.policy.parameters(), args.lr, decay)
+        # As in the paper the actor's rate falls to 0 along a cosine; online it rises and falls again.
+        self.actor_optimizer = Adam(self.policy.parameters(), args.lr, decay=args.steps)
         self.critic_optimizer = Adam(self.critic.parameters(), args.lr)
         self.value_optimizer = Adam(self.value_net.parameters(), args.lr)
 
@@ -313,7 +312,7 @@ class MLP(nn.Module):
 
 class Adam(nn.Module):
     """What torch.optim.Adam keeps, as a module: it is saved with the agent. The learning rate falls
-    to 0 along a cosine within `decay` steps."""
+    to 0 along a cosine within `decay` steps, and goes on along it."""
 
     def __init__(self, parameters, lr, decay=math.inf):
         super().__init__()

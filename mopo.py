@@ -591,7 +591,7 @@ class MLP(nn.Module):
 
 class Adam(nn.Module):
     """What torch.optim.Adam keeps, as a module: it is saved with the agent. The learning rate falls
-    to 0 along a cosine within `decay` steps."""
+    to 0 along a cosine within `decay` steps, and goes on along it."""
 
     def __init__(self, parameters, lr, decay=math.inf):
         super().__init__()

@@ -44,6 +44,15 @@ def test_a_huge_lambda_is_behaviour_cloning(discrete):
     assert all(torch.allclose(x, y, atol=1e-6) for x, y in zip(*gradients, strict=True))
 
 
+def test_with_an_online_phase_alone_the_actor_learning_rate_follows_a_cosine():
+    for online_steps, expected in ((0, 0.01), (5, 0.005)):
+        agent = small_agent(awac, steps=10, lr=0.01, online_steps=online_steps)
+        for _ in range(5):
+            agent.update(random_batch())
+        assert agent.actor_optimizer.lr.item() == pytest.approx(expected, abs=1e-8)
+        assert agent.critic_optimizer.lr.item() == pytest.approx(0.01)
+
+
 def behaviour(seed):
     """3 states, 3 actions, all in the data; one transition of each count. Returns the data, the
     behaviour (S, A), the probabilities of the next states (S, A, S), the rewards (S, A)."""
