@@ -43,6 +43,8 @@ Differs from the paper:
      is drawn.
   D3 The std's logarithm lies in [-5, 2] and starts at 0 (there [-6, 0], -3), layers start as
      torch's do. No weight decay.
+  D4 With --online-steps the actor's rate falls to 0 along a cosine, and rises again online: the
+     first new data do not undo what was learned offline.
 
 Paper: Nair, Dalal, Gupta, Levine (2020), arXiv 2006.09359. Written from it; no code from elsewhere.
 """
@@ -154,7 +156,8 @@ class Agent(nn.Module):
         self.policy = (CategoricalPolicy if discrete else GaussianPolicy)(units, args.hidden)
         self.critic = (DiscreteCritic if discrete else BoxCritic)(units, args.hidden)
         self.critic_target = deepcopy(self.critic)
-        self.actor_optimizer = Adam(self.policy.parameters(), args.lr)
+        decay = args.steps if args.online_steps else math.inf  # D4
+        self.actor_optimizer = Adam(self.policy.parameters(), args.lr, decay)
         self.critic_optimizer = Adam(self.critic.parameters(), args.lr)
 
     def update(self, batch):
