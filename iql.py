@@ -147,7 +147,7 @@ class Agent(nn.Module):
         self.critic = (DiscreteCritic if discrete else BoxCritic)(units, args.hidden)
         self.critic_target = deepcopy(self.critic)
         self.value_net = MLP(1, units.obs_dim, *args.hidden, 1)
-        # As in the paper the actor's rate falls to 0 along a cosine; online it rises and falls again.
+        # As in the paper the actor's rate falls to 0 along a cosine; online it rises again.
         self.actor_optimizer = Adam(self.policy.parameters(), args.lr, decay=args.steps)
         self.critic_optimizer = Adam(self.critic.parameters(), args.lr)
         self.value_optimizer = Adam(self.value_net.parameters(), args.lr)
