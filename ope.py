@@ -9,7 +9,7 @@ Importance sampling reweights the logged returns: right on average, but its vari
 exponentially with the horizon. Fitted Q evaluation (FQE) and a learned model extrapolate: stable,
 but biased. Doubly robust estimates combine both. A verdict by stated rules (`verdict`) says which
 number can be believed, and whether the policy is better than the logged one. The intervals of IS,
-PDIS, MAGIC and the model are always marked as no 95% ones.
+PDIS, RIS, MAGIC and the model are always marked as no 95% ones.
 
   python ope.py                                   CartPole: about 39.0 where the logs earned 33.2
   python ope.py --run runs/bc__... --run runs/cql__... --verify    trained policies, with the truth
@@ -43,12 +43,12 @@ actions (Discrete), E members of FQE, K actions that stand for pi in a state, B 
 
 Differs from the papers:
   D1 RIS is weighted and per decision. A tenth of the episodes is held out, for early stopping.
-  D2 Q in (6) to (8) is cross-fitted: of members that have not seen the episode.
+  D2 Q in (6) to (8) is cross-fitted: the mean of the 4 members that have not seen the episode, one
+     of each random split. What these say alone differs; that is in the intervals, too.
   D3 At most 25 of the g_j. The 50% interval is the normal one, by Omega, not bootstrapped.
-  D4 Q knows the steps to go and is (1 + gamma + ... + gamma^(h-1)) times a value per step, in units
-     of the logged returns, as are the errors: a network need not first grow to the level of Q. As
-     Q_h learns from Q_{h-1} alone, there is no target network. 8 members: 4 random halves of the
-     episodes, and the rest of each. For Box, K next actions per state are drawn once.
+  D4 Q_h is (1 + gamma + ... + gamma^(h-1)) times a value per step in units of the logged returns:
+     no network must first grow to its level. No target network, as Q_h learns from Q_{h-1} alone.
+     8 members: 4 random halves of the episodes, and the rest of each. Box: K actions, drawn once.
   D5 HCOPE takes one cap for all episodes, chosen on a twentieth of them.
   D6 Box actions count as at a bound from 0.99 of the way on, where policies that clip have a mass.
 
@@ -145,30 +145,31 @@ def evaluate_policy(policy, log, args):
     finite = np.isfinite(members).all() and np.isfinite(model_returns).all()
     require(finite, f"{policy.name}: FQE or the model diverged; a smaller --lr may help")
     report = Report(policy.name, log, policy.seen, policy.problem)
-    estimators = importance_sampling, doubly_robust, magic
-    IS, DR, MAGIC = (partial(f, gamma=log.gamma) for f in estimators)
     if not policy.problem:
         log_pi = policy.log_prob(log.obs, log.transitions.action)
         ratio, ris_ratio = (log.ratio(log_pi, x) for x in (log.log_pi_b, log.estimated_log_pi_b))
-        report.weights = weights = weight_summary(ratio)
-        report.problem = weight_problem(weights)
-    if report.weights and weights.sizes[-1] > 0:
-        for name, estimator, *arrays in (
-            ("IS", IS, ratio),
-            ("PDIS", partial(IS, per_decision=True), ratio),
-            ("WIS", partial(IS, weighted=True), ratio),
-            ("PDWIS", partial(IS, per_decision=True, weighted=True), ratio),
-            ("RIS", partial(IS, per_decision=True, weighted=True), ris_ratio),
-            ("DR", DR, ratio, q, v),
-            ("WDR", partial(DR, weighted=True), ratio, q, v),
-            ("MAGIC", MAGIC, ratio, q, v),
-        ):
-            estimate = bootstrap(estimator, log, log.reward, *arrays, df=weights.sizes[-1] - 1)
+        report.weights = weight_summary(ratio)
+        report.problem = weight_problem(report.weights)
+    if report.weights and report.weights.sizes[-1] > 0:
+        r, gamma, both = log.reward, log.gamma, {"per_decision": True, "weighted": True}
+        for name, estimator in {
+            "IS": lambda p, q, v: importance_sampling(p, r, ratio, gamma),
+            "PDIS": lambda p, q, v: importance_sampling(p, r, ratio, gamma, per_decision=True),
+            "WIS": lambda p, q, v: importance_sampling(p, r, ratio, gamma, weighted=True),
+            "PDWIS": lambda p, q, v: importance_sampling(p, r, ratio, gamma, **both),
+            "RIS": lambda p, q, v: importance_sampling(p, r, ris_ratio, gamma, **both),
+            "DR": lambda p, q, v: doubly_robust(p, r, ratio, q, v, gamma),
+            "WDR": lambda p, q, v: doubly_robust(p, r, ratio, q, v, gamma, weighted=True),
+            "MAGIC": lambda p, q, v: magic(p, r, ratio, q, v, gamma),
+        }.items():
+            whole = partial(estimator, q=q.mean(0), v=v.mean(0))
+            splits = [partial(estimator, q=x, v=y) for x, y in zip(q, v, strict=True)]
+            estimate = bootstrap(whole, log, report.weights.sizes[-1] - 1, splits)
             doubt = report.problem or DOUBTS.get(name, "")
             report.estimates[name] = estimate._replace(doubt=doubt)
         report.bounds = lower_bounds(log, ratio, report.problem)
     report.estimates["FQE"] = fqe_estimate(members, log)
-    estimate = bootstrap(np.matmul, log, model_returns)
+    estimate = bootstrap(lambda p: p @ model_returns, log)
     report.estimates["model"] = estimate._replace(doubt=DOUBTS["model"])
     return report
 
@@ -176,6 +177,7 @@ def evaluate_policy(policy, log, args):
 DOUBTS = {  # why these intervals are never 95% ones
     "IS": "rare large weights may be missing",
     "PDIS": "rare large weights may be missing",
+    "RIS": "knows nothing of the error of its estimated pi_b",
     "MAGIC": "too narrow, as it chooses its blend by the same episodes",
     "model": "knows only how the first states differ, nothing of the model's error",
 }
@@ -254,50 +256,12 @@ def step_weights(ratio, weighted=False):
         return np.exp(log_w - log_w.max(0) if weighted else log_w)
 
 
-def simplex_argmin(a):
-    """argmin x' a x over x >= 0, sum x = 1 for a (J, J), positive semidefinite. The solution y of
-    min y' a y / 2 - sum y over y >= 0 points in its direction (Lawson & Hanson's active set)."""
-    a = a / (np.trace(a) or 1.0) + 1e-10 * np.eye(len(a))
-    y, free = np.zeros(len(a)), np.zeros(len(a), bool)
-    for _ in range(10 * len(a)):
-        slope = np.where(free, -np.inf, 1 - a @ y)
-        if slope.max() <= 1e-8:
-            break
-        free[slope.argmax()] = True
-        while True:
-            z = np.zeros(len(a))
-            z[free] = np.linalg.solve(a[np.ix_(free, free)], np.ones(free.sum()))
-            if z[free].min() > 0:
-                break
-            out = free & (z <= 0)  # go towards z until the first of them is 0
-            y += (y[out] / (y[out] - z[out])).min() * (z - y)
-            free &= y > 1e-12 * y.max()
-            y *= free
-        y = z
-    return y / y.sum()
-
-
 # ---- The networks of FQE, the model and pi_b
 
 
-def train(net, loss, rows, args, held_out=None):
-    """Minimises loss(i) over random transitions i (E, N), those of member e out of rows[e]; with
-    rows held_out (1, H), `net` ends as it was when the loss of those was lowest."""
-    optimizer, best, lowest = Adam(net.parameters(), args.lr, args.steps), None, math.inf
-    for update in range(1, args.steps + 1):
-        i = [x[torch.randint(len(x), (args.batch_size,), device=x.device)] for x in rows]
-        step(optimizer, loss(torch.stack(i)))
-        if held_out is not None and (update % 100 == 0 or update == args.steps):
-            with torch.no_grad():
-                now = loss(held_out).item()
-            if not now >= lowest:  # also when none are held out: NaN
-                best, lowest = deepcopy(net.state_dict()), now
-    if best:
-        net.load_state_dict(best)
-
-
 class QNetwork:
-    """E members side by side: obs (E, N, O), action (E, N, A), h (E, N) -> Q_h(s, a) (E, N)."""
+    """E members side by side: obs (E, N, O), action (E, N, A), h (E, N), or (N, ..) for all
+    -> Q_h(s, a) (E, N)."""
 
     def __init__(self, members, log, args):
         annuity = np.append(0, (log.gamma ** np.arange(log.horizon)).cumsum())  # of h = 0, 1, ...
@@ -314,16 +278,16 @@ class QNetwork:
         return annuity * (self.center + self.scale * self.net(x)[..., 0])
 
     def value(self, obs, action, weight, h):
-        """V_h(s) = E_{a~pi} Q_h(s, a): action (E, N, K, A), its weight (E, N, K) -> (E, N)."""
-        E, N, K = weight.shape
-        obs, h = (x.repeat_interleave(K, 1) for x in (obs, h))
-        return (weight * self(obs, action.flatten(1, 2), h).view(E, N, K)).sum(-1)
+        """V_h(s) = E_{a~pi} Q_h(s, a) (E, N): action (E, N, K, A), its weight (E, N, K)."""
+        K = weight.shape[-1]
+        obs, h = obs.repeat_interleave(K, -2), h.repeat_interleave(K, -1)
+        return (weight * self(obs, action.flatten(-3, -2), h).unflatten(-1, (-1, K))).sum(-1)
 
 
 def fqe(log, policy, seen, args):
     """(9) by a member for each column of seen (n, E), which learns from the episodes that are true
-    there. Q (n, T) and V (n, T + 1), the mean of the members that have not seen the episode [D2], 0
-    after its end; V_T(s_0) (n, E) of every member."""
+    there. Q (E / 2, n, T) and V (E / 2, n, T + 1) of the one of each pair that has not seen the
+    episode [D2], 0 after its end; V_T(s_0) (n, E) of every member."""
     E, reward, terminal = seen.shape[1], log.transitions.reward, log.transitions.terminal
     next_action, next_weight = policy.support(log.next_obs)  # (M, K, A), (M, K)
     critic = QNetwork(E, log, args)
@@ -340,19 +304,16 @@ def fqe(log, policy, seen, args):
 
     train(critic.net, loss, [torch.nonzero(x[log.episode])[:, 0] for x in seen.T], args)
 
-    size = 10_000 // next_weight.shape[1] + 1  # of the rows at once, as each has K actions
-
-    @torch.no_grad()
-    def of_all(f, *arrays):  # f (M, E), by every member
-        f_of_all = chunked(lambda *x: f(*(y.expand(E, *y.shape) for y in x)).T, *arrays, size=size)
-        return f_of_all.double()
-
     h = (log.horizon - log.step).clamp(min=0)  # beyond the horizon: 0 steps to go, not used
-    q = of_all(critic, log.obs, log.action, h)
-    v = of_all(critic.value, log.obs, *policy.support(log.obs), h)
-    unseen, first = ~seen[log.episode], v[log.first].cpu().numpy()
-    q, v = (log.padded((x * unseen).sum(1).div(E / 2).cpu().numpy()) for x in (q, v))
-    return q, np.pad(v, ((0, 0), (0, 1))), first
+    size = 10_000 // next_weight.shape[1] + 1  # of the rows at once, as each has K actions
+    with torch.no_grad():
+        q = chunked(lambda *x: critic(*x).T, log.obs, log.action, h, size=size)
+        support = policy.support(log.obs)
+        v = chunked(lambda *x: critic.value(*x).T, log.obs, *support, h, size=size)
+    q, v, unseen = q.double(), v.double(), ~seen[log.episode]
+    by_pair = [(x * unseen).unflatten(1, (-1, 2)).sum(2).T.cpu().numpy() for x in (q, v)]
+    q_pairs, v_pairs = (np.stack([log.padded(row) for row in x]) for x in by_pair)
+    return q_pairs, np.pad(v_pairs, ((0, 0), (0, 0), (0, 1))), v[log.first].cpu().numpy()
 
 
 def fit_model(log, args):
@@ -420,16 +381,21 @@ def fit_behavior(log, args):
 # ---- How each goes wrong: intervals, weights, bounds
 
 
-def bootstrap(estimator, log, *arrays, df=math.inf):
-    """Estimate with the intervals of resampled episodes. df: the effective sample size less 1."""
-    p = np.full(len(log.returns), 1 / len(log.returns))
+def bootstrap(estimator, log, df=math.inf, splits=()):
+    """Estimate by estimator(p), with the intervals of resampled episodes. df: their effective
+    number less 1. splits: the same by the Q of each random split alone [D2]. How those fell is
+    chance, too, and no resample tells: the variance of their mean is added."""
+    p, spread = np.full(len(log.returns), 1 / len(log.returns)), 0.0
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # 0 / 0: no overlap
-        value, draws = estimator(p, *arrays), estimator(log.resamples, *arrays)
+        value, draws = estimator(p), estimator(log.resamples)
         gain, gains = value - log.returns.mean(), draws - log.resamples @ log.returns
-        return Estimate(*interval(value, draws, df), interval(gain, gains, df))
+        if splits:
+            error = np.std([f(p) for f in splits], ddof=1) / math.sqrt(len(splits))
+            spread = t_quantile(0.975, len(splits) - 1) * error
+        return Estimate(*interval(value, draws, df, spread), interval(gain, gains, df, spread))
 
 
-def interval(value, draws, df):
+def interval(value, draws, df, spread=0.0):
     """(value, low, high): percentiles, which are too narrow where few episodes carry the weight; so
     as much wider as Student's t is than the normal, and a variance over n - 1 than one over n."""
     if not np.isfinite(value):
@@ -437,16 +403,8 @@ def interval(value, draws, df):
     low, high = np.nanquantile(draws, [0.025, 0.975])  # NaN: a resample without overlap
     df = min(max(1.0, df), 1e5)
     wider = t_quantile(0.975, df) / t_quantile(0.975, 1e5) * math.sqrt((df + 1) / df)
-    return value, value - wider * max(0.0, value - low), value + wider * max(0.0, high - value)
-
-
-def t_quantile(level, df):
-    """Student's: t = sqrt(df) tan(theta) where theta in +-pi/2 has a density ~ cos(theta)^(df - 1)
-    (SciPy has it, which is no package of this file)."""
-    theta = (np.arange(20_000) + 0.5) / 20_000 * np.pi - np.pi / 2
-    density = np.cos(theta) ** (df - 1)
-    cdf = density.cumsum() - density / 2  # in the middle of each cell
-    return math.sqrt(df) * math.tan(np.interp(level, cdf / density.sum(), theta))
+    below, above = (math.hypot(wider * max(0.0, x), spread) for x in (value - low, high - value))
+    return value, value - below, value + above
 
 
 def fqe_estimate(members, log):
@@ -486,18 +444,17 @@ def weight_summary(ratio):
 
 def weight_problem(weights):
     """Why ratios say nothing, or "" (rule 2 of `verdict`)."""
-    ess, w = weights.sizes[-1], weights.mean
-    known, enough = ((weights.sizes >= size).sum() for size in (1e-9, 50))
+    ess, mean, largest = weights.sizes[-1], weights.mean, weights.largest
+    followed, enough = ((weights.sizes >= size).sum() for size in (1e-9, 50))
     if not ess:
-        problem = f"no overlap: no logged episode follows the policy for more than {known} steps"
-        enough = known
-    elif w > 10 or abs(w - 1) > 3 * weights.error + 1e-3:
-        return f"weights average {w:.2g}, not 1: logs lack what it does, or pi_b is wrong"
-    elif ess >= 10 and weights.largest <= 0.5:
+        problem = f"no overlap: no logged episode follows the policy for more than {followed} steps"
+        enough = followed
+    elif mean > 10 or abs(mean - 1) > 3 * weights.error + 1e-3:
+        return f"weights average {mean:.2g}, not 1: logs lack what it does, or pi_b is wrong"
+    elif ess >= 10 and largest <= 0.5:
         return ""
     else:
-        share = f"the largest weight {weights.largest:.0%} of their sum"
-        problem = f"effective sample size {ess:.1f}, {share}"
+        problem = f"effective sample size {ess:.1f}, the largest weight {largest:.0%} of their sum"
     return f"{problem}; try --horizon {enough}" if enough else problem
 
 
@@ -529,18 +486,18 @@ def hcope_bound(x, confidence=0.95, seed=0):
 def lower_bounds(log, ratio, problem):
     """{name: 95% lower bound of J}, from (2). Contributions must be >= 0: rewards are shifted by
     the lowest that can occur, which is taken back as E[w_t] = 1."""
-    known, lowest, condition = log.reward.min(), log.args.lowest_reward, ""
+    logged, lowest, hcope = log.reward.min(), log.args.lowest_reward, "HCOPE"
     if lowest is None:
-        lowest, condition = known, f", if no reward is below {known:.4g}, the lowest logged one"
-    require(lowest <= known, f"--lowest-reward {lowest}: the logs have {known:.4g}")
+        lowest = logged
+        hcope = f"HCOPE, if no reward is below {logged:.4g}, the lowest logged one"
+    require(lowest <= logged, f"--lowest-reward {lowest}: the logs have {logged:.4g}")
     lowest = min(0.0, lowest)  # 0 is what is earned after the end
-    discounts = log.gamma ** np.arange(log.horizon)
     with np.errstate(invalid="ignore"):  # weights that overflow
-        x = (step_weights(ratio) * (log.reward - lowest)) @ discounts
-    shift = lowest * discounts.sum()
+        x = (step_weights(ratio) * (log.reward - lowest)) @ log.discounts
+    shift = lowest * log.discounts.sum()
     bounds = {} if problem else {"PDIS, Student's t": student_t_bound(x) + shift}
     if log.n >= 40 and np.isfinite(x).all():
-        bounds[f"HCOPE{condition}"] = hcope_bound(x) + shift
+        bounds[hcope] = hcope_bound(x) + shift
     return bounds
 
 
@@ -578,11 +535,14 @@ def verdict(report):
             return f"{'; '.join([report.problem, *lost])}: believe none of these"
         return f"{report.problem}; FQE and the model agree: a hint, no more: FQE, {gain(e['FQE'])}"
     votes = ["PDWIS", "WDR"] if "FQE" in missed else ["PDWIS", "WDR", "FQE"]
-    pairs = [(e[a], e[b], f"{a} and {b} disagree") for a, b in combinations(votes, 2)]
-    apart = [line for a, b, line in pairs if max(a.low, b.low) > min(a.high, b.high)]
+    apart = [
+        f"{a} and {b} disagree"
+        for a, b in combinations(votes, 2)
+        if max(e[a].low, e[b].low) > min(e[a].high, e[b].high)
+    ]
     ess, all_agree = report.weights.sizes[-1], "FQE" in votes and not apart
-    found = [*lost, *apart] or ["PDWIS, WDR and FQE agree"]
-    found = "; ".join([*found, f"effective sample size {ess:.0f} of {log.n}"])
+    found = "; ".join([*lost, *apart]) or "PDWIS, WDR and FQE agree"
+    found = f"{found}; effective sample size {ess:.0f} of {log.n}"
     if "PDWIS and WDR disagree" in apart or not (ess >= 50 or all_agree):
         return f"{found}: believe none of these"
     care = "" if ess >= 50 and all_agree else " with care"
@@ -616,7 +576,8 @@ class Log:
         self.horizon, self.notes = known_steps(length, terminated, args.horizon)
         self.inside = np.arange(self.horizon) < length[:, None]  # (n, T)
         self.reward = self.padded(data.transitions.reward.double().cpu().numpy())
-        self.returns = self.reward @ self.gamma ** np.arange(self.horizon)  # (n,)
+        self.discounts = self.gamma ** np.arange(self.horizon)  # (T,)
+        self.returns = self.reward @ self.discounts  # (n,)
         print(f"{self.n} episodes: in T = {self.horizon} steps, discounted by {self.gamma}, the "
               f"logged policy earned {self.returns.mean():.4g}")  # fmt: skip
         require(self.n > 1, "at least two episodes are needed")
@@ -653,35 +614,11 @@ class Log:
             logged = logged + self.units.half_range.log().sum().item()
             edge = (self.transitions.action.abs() >= EDGE).any(1).cpu().numpy()
             logged = np.where(edge, np.nan, logged)  # D6: a mass, whatever has been logged
-        wrong = np.isinf(logged) | (self.units.discrete & (logged > 1e-6))
-        i = wrong.argmax()
-        what = "zero probability of" if logged[i] < 0 else "too high a probability of"
-        where = f"episode {self.episode[i].item()}, step {self.step[i].item()}"
-        require(not wrong[i], f"{where}: behavior_log_prob gives {what} the logged action")
-        missing = np.isnan(logged).mean()
-        note = f"behaviour policy estimated from the data for {missing:.0%} of the steps"
-        self.notes.append(note if missing else "behaviour policy as logged")
-        if self.args.run and self.args.policy_mode == "stochastic":
-            self.notes.append("judged is the policy that draws its actions; the training files "
-                              "report the deterministic one")  # fmt: skip
-        return np.where(np.isnan(logged), self.estimated_log_pi_b, logged)
-
-
-def known_steps(length, terminated, horizon):
-    """T, and notes on it. After the end of a terminated episode nothing is earned; after that of a
-    truncated one nobody knows, so that none may be shorter than T."""
-    cut, notes = np.where(terminated, length.max() + 1, length), []
-    known = min(cut.min(), length.max())
-    T, episode, longer = horizon or known, cut.argmin(), min([*sorted(cut)[1:2], length.max()])
-    where = f"episode {episode} was truncated after {known} steps"
-    unknown = f"--horizon {horizon}: {where}, its rest is unknown; --horizon {known} at most"
-    require(terminated.all() or T <= known, unknown)
-    if not horizon and longer > known:
-        notes.append(f"T = {T}, as {where}; without it, T would be {longer}")
-    if terminated.all() and (length == length[0]).all() and T > 1:
-        notes.append(f"all episodes terminate after exactly {known} steps: if that is a time limit "
-                     "log truncations, or FQE and the model are wrong")  # fmt: skip
-    return int(T), notes
+        check_log_prob(logged, self)
+        missing = np.isnan(logged)
+        note = f"behaviour policy estimated from the data for {missing.mean():.0%} of the steps"
+        self.notes.append(note if missing.any() else "behaviour policy as logged")
+        return np.where(missing, self.estimated_log_pi_b, logged)
 
 
 def errors_on_logged(log, args):
@@ -691,12 +628,7 @@ def errors_on_logged(log, args):
     return {name: x - log.returns.mean() for name, x in said.items()}
 
 
-def moments(x):
-    """Mean and standard deviation of the rows."""
-    return x.mean(0), x.std(0, correction=0) + 1e-3
-
-
-# ---- Policies, loading, printing: this file's own plumbing ----
+# ---- Policies, loading, printing, tools: this file's own plumbing ----
 
 
 class Target:
@@ -710,7 +642,7 @@ class Target:
 
     @torch.no_grad()
     def sample(self, obs):
-        with foreign(self.name):
+        with blaming(self.name):
             action = self.pi(obs).sample()
             require(action.isfinite().all(), "its actions are NaN")
         return action
@@ -722,7 +654,7 @@ class Target:
     @torch.no_grad()
     def log_prob(self, obs, action):
         """(M,) as float64 array."""
-        with foreign(self.name):
+        with blaming(self.name):
             log_prob = chunked(lambda *x: self.pi(x[0]).log_prob(x[1]), obs, action)
             known = log_prob.shape == (len(obs),) and (log_prob < math.inf).all()  # not so NaN
             require(known, "log pi(a|s) of a logged action is not a number")
@@ -732,21 +664,11 @@ class Target:
     def support(self, obs):
         """Actions (N, K, A) and weights (N, K) that make up E_{a~pi}: all, one-hot, or samples."""
         if self.units.discrete:
-            with foreign(self.name):
+            with blaming(self.name):
                 p = chunked(lambda x: self.pi(x).probs.float(), obs)
             return torch.eye(p.shape[1], device=p.device).expand(len(p), -1, -1), p
         actions = torch.stack([chunked(self.sample, obs) for _ in range(self.samples)], 1)
         return actions, torch.full_like(actions[..., 0], 1 / self.samples)
-
-
-@contextmanager
-def foreign(name):
-    """Code that is not ours: whatever it does wrong, even an end of the program, is one line."""
-    with blaming(name):
-        try:
-            yield
-        except SystemExit as error:
-            raise UserError("it calls exit") from error
 
 
 def chunked(f, *arrays, size=10_000):
@@ -879,7 +801,7 @@ def user_policy(name, units, args):
 def load_function(name):
     """FILE.py:NAME -> the function."""
     path, _, attribute = name.rpartition(":")
-    with foreign(f"--policy {name}"):
+    with blaming(f"--policy {name}"):
         there = path.endswith(".py") and Path(path).is_file()
         require(there, f"FILE.py:NAME is needed, and there is no Python file {path or name}")
         function = getattr(import_file(path), attribute, None)
@@ -889,7 +811,7 @@ def load_function(name):
 
 def load_run(folder, device):
     """Policy, Args and the rest of the data of a training run, by the source that it saved."""
-    with foreign(f"--run {folder}"):
+    with blaming(f"--run {folder}"):
         sources = list(Path(folder).glob("*.py"))
         complete = len(sources) == 1 and Path(folder, "checkpoint.pt").exists()
         require(complete, "not the folder of a training run")
@@ -983,6 +905,32 @@ def example(args, episodes=1000, gains=(5.0, 12.0), seed=0):
     return data, [target(gain) for gain in gains[1:]]
 
 
+def known_steps(length, terminated, horizon):
+    """T, and notes on it. After the end of a terminated episode nothing is earned; after that of a
+    truncated one nobody knows, so that none may be shorter than T."""
+    cut, notes = np.where(terminated, length.max() + 1, length), []
+    known = min(cut.min(), length.max())
+    T, episode, longer = horizon or known, cut.argmin(), min([*sorted(cut)[1:2], length.max()])
+    where = f"episode {episode} was truncated after {known} steps"
+    unknown = f"--horizon {horizon}: {where}, its rest is unknown; --horizon {known} at most"
+    require(terminated.all() or T <= known, unknown)
+    if not horizon and longer > known:
+        notes.append(f"T = {T}, as {where}; without it, T would be {longer}")
+    if terminated.all() and (length == length[0]).all() and T > 1:
+        notes.append(f"all episodes terminate after exactly {known} steps: if that is a time limit "
+                     "log truncations, or FQE and the model are wrong")  # fmt: skip
+    return int(T), notes
+
+
+def check_log_prob(log_prob, log):
+    """Of the logged actions: none has probability 0, or above 1."""
+    wrong = np.isinf(log_prob) | (log.units.discrete & (log_prob > 1e-6))
+    i = wrong.argmax()
+    what = "zero probability of" if log_prob[i] < 0 else "too high a probability of"
+    where = f"episode {log.episode[i].item()}, step {log.step[i].item()}"
+    require(not wrong[i], f"{where}: behavior_log_prob gives {what} the logged action")
+
+
 def true_value(policy, make_env, episodes, log):
     """Mean and standard error over fresh episodes: same horizon, discount and policy mode."""
 
@@ -1025,6 +973,9 @@ def print_report(report):
         print(f"with 95% confidence at least {bounds}")
     for note in log.notes:
         print(f"note: {note}")
+    if log.args.run and log.args.policy_mode == "stochastic":
+        print("note: judged is the policy that draws its actions; the training files report the "
+              "deterministic one")  # fmt: skip
     print(f"verdict: {verdict(report)}")
 
 
@@ -1042,7 +993,63 @@ def print_ranking(reports):
         print(f"{e.value:9.4g}   {e.low:9.4g} .. {e.high:<9.4g}  {report.name}")
 
 
+def train(net, loss, rows, args, held_out=None):
+    """Minimises loss(i) over random transitions i (E, N), those of member e out of rows[e]; with
+    rows held_out (1, H), `net` ends as it was when the loss of those was lowest."""
+    optimizer, best, lowest = Adam(net.parameters(), args.lr, args.steps), None, math.inf
+    for update in range(1, args.steps + 1):
+        i = [x[torch.randint(len(x), (args.batch_size,), device=x.device)] for x in rows]
+        step(optimizer, loss(torch.stack(i)))
+        if held_out is not None and (update % 100 == 0 or update == args.steps):
+            with torch.no_grad():
+                now = loss(held_out).item()
+            if not now >= lowest:  # also when none are held out: NaN
+                best, lowest = deepcopy(net.state_dict()), now
+    if best:
+        net.load_state_dict(best)
+
+
+def moments(x):
+    """Mean and standard deviation of the rows."""
+    return x.mean(0), x.std(0, correction=0) + 1e-3
+
+
+def simplex_argmin(a):
+    """argmin x' a x over x >= 0, sum x = 1 for a (J, J), positive semidefinite. The solution y of
+    min y' a y / 2 - sum y over y >= 0 points in its direction (Lawson & Hanson's active set)."""
+    a = a / (np.trace(a) or 1.0) + 1e-10 * np.eye(len(a))
+    y, free = np.zeros(len(a)), np.zeros(len(a), bool)
+    for _ in range(10 * len(a)):
+        slope = np.where(free, -np.inf, 1 - a @ y)
+        if slope.max() <= 1e-8:
+            break
+        free[slope.argmax()] = True
+        while True:
+            z = np.zeros(len(a))
+            z[free] = np.linalg.solve(a[np.ix_(free, free)], np.ones(free.sum()))
+            if z[free].min() > 0:
+                break
+            out = free & (z <= 0)  # go towards z until the first of them is 0
+            y += (y[out] / (y[out] - z[out])).min() * (z - y)
+            free &= y > 1e-12 * y.max()
+            y *= free
+        y = z
+    return y / y.sum()
+
+
+def t_quantile(level, df):
+    """Student's: t = sqrt(df) tan(theta) where theta in +-pi/2 has a density ~ cos(theta)^(df - 1)
+    (SciPy has it, which is no package of this file)."""
+    theta = (np.arange(20_000) + 0.5) / 20_000 * np.pi - np.pi / 2
+    density = np.cos(theta) ** (df - 1)
+    cdf = density.cumsum() - density / 2  # in the middle of each cell
+    return math.sqrt(df) * math.tan(np.interp(level, cdf / density.sum(), theta))
+
+
 def check_args(args):
+    mode = args.policy_mode
+    known = mode in ("stochastic", "deterministic")
+    require(known, f"--policy-mode {mode}: it must be stochastic or deterministic")
     limits = {"horizon": (1, 10**5), "gamma": (0.0, 1.0), "lowest_reward": (-1e9, 1e9)}
     limits |= {"resamples": (100, 10**6), "verify_episodes": (2, 10**6), "seed": (0, 2**32 - 1)}
     limits |= {"steps": (1, 10**9), "batch_size": (1, 10**6), "hidden": (1, 10**4)}

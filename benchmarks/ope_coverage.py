@@ -184,8 +184,8 @@ def ratios_alone(setting, seed, data, policies, truths):
             ("PDWIS", True, True),
         ):
             flags = {"gamma": 0.99, "per_decision": per_decision, "weighted": weighted}
-            estimator = partial(ope.importance_sampling, **flags)
-            e = ope.bootstrap(estimator, log, reward, ratio, df=weights.sizes[-1] - 1)
+            estimator = partial(ope.importance_sampling, reward=reward, ratio=ratio, **flags)
+            e = ope.bootstrap(estimator, log, weights.sizes[-1] - 1)
             row = setting, seed, policy.name, weights.sizes[-1], name
             yield *row, e.value, e.low, e.high, truth, not ope.weight_problem(weights)
 

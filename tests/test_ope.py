@@ -44,9 +44,9 @@ def of_equal_shares(estimator):
     return with_p
 
 
-def with_p_first(estimator):
-    """As ope.py has it."""
-    return lambda p, *arrays: estimator(*arrays, p=p)
+def of_shares(estimator, *arrays, **flags):
+    """What bootstrap takes: a function of p."""
+    return lambda p: estimator(*arrays, p=p, **flags)
 
 
 S, A, T = 3, 2, 3
@@ -474,14 +474,31 @@ def test_intervals_are_wider_where_few_episodes_carry_the_weight():
     assert np.ptp(ope.interval(0.0, draws, 0.0)[1:]) < 4 * 12.8 / 1.9 * 1.5  # not infinite
 
 
+def test_how_the_random_splits_fell_widens_the_interval():
+    """By Student's t of their mean, beside what the episodes say, and that of the gain as well."""
+    reward, ratio = np.random.default_rng(0).normal(size=(50, 1)), np.ones((50, 1))
+    log = SimpleNamespace(resamples=shares(50, 2000), returns=np.zeros(50))
+    mean = of_shares(PDIS, reward, ratio, gamma=1.0)
+    alone, same = ope.bootstrap(mean, log), ope.bootstrap(mean, log, splits=[mean] * 4)
+    assert same == alone
+    splits = [lambda p, x=x: mean(p) + x for x in (-0.3, -0.1, 0.1, 0.3)]  # std 0.2582
+    e, extra = ope.bootstrap(mean, log, splits=splits), 3.182 * 0.2582 / 2
+    for one, two in ((alone[:3], e[:3]), (alone.gain, e.gain)):
+        assert one[0] == two[0]
+        for before, after in zip(one[1:], two[1:], strict=True):
+            assert after - two[0] == pytest.approx(
+                np.sign(before - one[0]) * np.hypot(before - one[0], extra), abs=1e-3
+            )
+
+
 def test_resamples_without_overlap_are_left_out():
     reward, ratio = np.ones((4, 1)), np.array([[4.0], [0], [0], [0]])
     log = SimpleNamespace(resamples=shares(4, 100), returns=np.zeros(4))
     zero = np.zeros((4, 1)), np.zeros((4, 2))
     for estimator, arrays in ((WIS, ()), (PDWIS, ()), (WDR, zero)):
-        e = ope.bootstrap(with_p_first(partial(estimator, gamma=1.0)), log, reward, ratio, *arrays)
+        e = ope.bootstrap(of_shares(estimator, reward, ratio, *arrays, gamma=1.0), log)
         assert (e.value, e.low, e.high) == pytest.approx((1, 1, 1))
-    e = ope.bootstrap(with_p_first(partial(magic, gamma=1.0)), log, reward, ratio, *zero)
+    e = ope.bootstrap(of_shares(magic, reward, ratio, *zero, gamma=1.0), log)
     assert 0 <= e.low <= e.value <= e.high
 
 
@@ -503,7 +520,7 @@ def test_coverage():
         _, _, reward, ratio = mdp.sample(100)
         x = (ratio.cumprod(1) * reward) @ discounts
         log = SimpleNamespace(resamples=shares(100, 200, repetition), returns=reward @ discounts)
-        boot = ope.bootstrap(with_p_first(partial(PDWIS, gamma=mdp.gamma)), log, reward, ratio)
+        boot = ope.bootstrap(of_shares(PDWIS, reward, ratio, gamma=mdp.gamma), log)
         lowest = mdp.r.min()
         shifted = (ratio.cumprod(1) * (reward - lowest)) @ discounts
         hcope = hcope_bound(shifted, seed=repetition) + lowest * discounts.sum()
@@ -524,7 +541,7 @@ def test_hcope_holds_where_the_worst_reward_is_not_in_the_log():
         reward = np.where(rng.random((60, 1)) < 0.01, -1000.0, 1.0)
         for lowest in above:
             args = Args(lowest_reward=lowest)
-            log = SimpleNamespace(args=args, reward=reward, gamma=1.0, horizon=1, n=60)
+            log = SimpleNamespace(args=args, reward=reward, discounts=np.ones(1), n=60)
             bounds = ope.lower_bounds(log, np.ones((60, 1)), "")
             (name,) = (name for name in bounds if name.startswith("HCOPE"))
             above[lowest] += bounds[name] > truth
@@ -672,6 +689,7 @@ def test_fqe_is_the_certainty_equivalent_value_of_each_half(monkeypatch):
     log = quick_log(data, args, monkeypatch)
     policy = by_table(mdp.target, data.units, args)
     q, v, members = ope.fqe(log, policy, log.seen, args)
+    q, v = q.mean(0), v.mean(0)
     state, action = data.transitions.obs.argmax(1).numpy(), data.transitions.action.numpy()
     seen, left = log.seen.numpy()[data.episode], T - log.step.numpy()
     exact, counts, values = [], [], []
@@ -1083,7 +1101,7 @@ def test_the_example_runs_and_the_horizon_collapses_the_sample(capsys):
     for line in ("behaviour policy as logged", "the lowest logged one", "100% not 0", "error"):
         assert line in text
     assert text.splitlines()[-1].startswith("verdict: ")
-    for names in ("IS, PDIS", "MAGIC", "model"):
+    for names in ("IS, PDIS", "RIS", "MAGIC", "model"):
         assert f"* no 95% interval ({names}): " in text
     (one,) = ope.main(Args(horizon=400, verify_episodes=2, **QUICK)).values()
     assert one.weights.sizes[-1] < 10 and "; try --horizon" in verdict(one)
@@ -1263,7 +1281,7 @@ def test_damaged_runs_get_one_clear_line(runs, tmp_path):
         ({"checkpoint": lambda s: s["policy"]["agent.policy.net.bias.0"].fill_(math.nan)}, "NaN"),
         ({"bc": "def f(:"}, "SyntaxError"),
         ({"bc": "x = 1"}, "has no attribute 'read_checkpoint'"),
-        ({"bc": "raise SystemExit"}, "it calls exit"),
+        ({"bc": "raise SystemExit"}, "SystemExit"),
         ({"bc": spy}, "AttributeError: 'NoneType' object has no attribute 'units'"),
         ({"cql": "x = 1"}, "not the folder of a training run"),
     ):
@@ -1295,11 +1313,11 @@ def test_wrong_use_gets_one_clear_line(policies, runs, tmp_path):
         ({"policy": (file + "syntax.py:f",), **cartpole}, "syntax.py:f: SyntaxError"),
         ({"policy": (file + "imports.py:f",), **cartpole}, "imports.py:f: ModuleNotFoundError"),
         ({"policy": (file + "fails.py:f",), **cartpole}, "fails.py:f: ValueError: two lines"),
-        ({"policy": (file + "quits.py:f",), **cartpole}, "quits.py:f: it calls exit"),
+        ({"policy": (file + "quits.py:f",), **cartpole}, "quits.py:f: SystemExit"),
         ({"policy": (file + "data.json:f",), **cartpole}, "there is no Python file .*data.json"),
         ({"policy": (policies + "flat",), **cartpole}, r"probabilities of shape \(\d+,\), not"),
         ({"policy": (policies + "negative",), **cartpole}, r"\[-0.5, 1.5\] are not probabilities"),
-        ({"policy": (policies + "quits",), **cartpole}, "mypolicy.py:quits: it calls exit"),
+        ({"policy": (policies + "quits",), **cartpole}, "mypolicy.py:quits: SystemExit"),
         ({"policy": (policies + "nan_mean",), **pendulum}, ":nan_mean: a mean is NaN or infinite"),
         ({"policy": (policies + "no_std",), **pendulum}, ":no_std: a standard deviation is not ab"),
         ({"policy": (policies + "wide",), **pendulum}, r"Distribution of shape \(\d+, 3\), not"),
@@ -1314,6 +1332,7 @@ def test_wrong_use_gets_one_clear_line(policies, runs, tmp_path):
         ({"run": (runs["cql_cartpole"], runs["cql_pendulum"])}, "the runs have different ones"),
         ({"run": (str(tmp_path),)}, "not the folder of a training run"),
         ({"run": (runs["cql_pendulum"],), **cartpole}, "its spaces are not those of the data"),
+        ({"policy_mode": "greedy"}, "--policy-mode greedy: it must be stochastic or deterministic"),
         ({"gamma": 1.5}, "--gamma 1.5: it must lie in 0 to 1"),
         ({"gamma": float("nan")}, "--gamma nan: it must lie in 0 to 1"),
         ({"resamples": 0}, "--resamples 0: it must lie in 100 to"),
@@ -1382,7 +1401,7 @@ def test_ten_thousand_one_step_episodes_take_seconds(monkeypatch):
     ratio, q, v = rng.uniform(0.5, 1.5, (n, 1)), rng.random((n, 1)), rng.random((n, 2))
     log = SimpleNamespace(resamples=shares(n, 200), returns=reward[:, 0])
     began = time.process_time()
-    e = ope.bootstrap(with_p_first(partial(magic, gamma=1.0)), log, reward, ratio, q, v * [1, 0])
+    e = ope.bootstrap(of_shares(magic, reward, ratio, q, v * [1, 0], gamma=1.0), log)
     assert e.low < e.value < e.high
     assert time.process_time() - began < 3
     units = ope.Units(spaces.Box(-1, 1, (1,)), spaces.Discrete(10))
