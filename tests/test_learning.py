@@ -9,7 +9,7 @@ RUNS = [  # (file, dataset, least return, flags); the longest first
     ("mopo.py", "pendulum/mixed-v0", -150, {}),
     ("bcq.py", "pendulum/expert-v0", -200, FEW | {"phi": 0.05, "act_samples": 20}),  # narrow data
     ("mopo.py", "pendulum/random-v0", -150, FEW | {"steps": 2_000, "model_epochs": 20}),
-    ("cql.py", "pendulum/mixed-v0", -190, FEW | {"steps": 2_000, "samples": 2}),
+    ("cql.py", "pendulum/mixed-v0", -190, FEW | {"steps": 1_500, "samples": 2}),
     ("iql.py", "pendulum/mixed-v0", -190, FEW | {"steps": 4_000}),
     ("awac.py", "pendulum/mixed-v0", -190, FEW | {"steps": 4_000}),
     ("bcq.py", "pendulum/mixed-v0", -190, FEW | {"steps": 2_500, "act_samples": 20}),

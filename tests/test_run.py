@@ -506,9 +506,7 @@ def flag_list(args):
     return command
 
 
-@pytest.mark.parametrize(
-    ("file", "kind"), [("cql.py", "discrete"), ("mopo.py", "box"), ("awac.py", "box online")]
-)
+@pytest.mark.parametrize(("file", "kind"), [("mopo.py", "box"), ("awac.py", "box online")])
 def test_stopped_and_killed_at_random_moments_and_resumed(file, kind, tmp_path):
     """SIGTERM, then the printed command, SIGKILL, then resumed in this process. The moments count
     checkpoints, of which a run has at least 20, so that they do not depend on the machine's
