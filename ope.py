@@ -9,13 +9,12 @@ Importance sampling reweights the logged returns: right on average, but its vari
 exponentially with the horizon. Fitted Q evaluation (FQE) and a learned model extrapolate: stable,
 but biased. Doubly robust estimates combine both. A verdict by stated rules (`verdict`) says which
 number can be believed, and whether the policy is better than the logged one. The intervals of IS,
-PDIS, RIS, MAGIC and the model are always marked as no 95% ones.
+PDIS, RIS, MAGIC, the model, and without logged probabilities WIS and PDWIS, are marked: not 95%.
 
   python ope.py                                   CartPole: about 39.0 where the logs earned 33.2
   python ope.py --run runs/bc__... --run runs/cql__... --verify    trained policies, with the truth
   python ope.py --policy FILE.py:NAME --dataset-id mylab/logs-v0    any policy, any Minari dataset:
-      NAME takes a tensor of observations (N, O) and returns probabilities (N, A), or a torch
-      Distribution of actions (Box)
+      a function of observations (N, O) that returns probabilities (N, A), or a torch Distribution
 
 Train on one part, --dataset-id 'mylab/logs-v0[:80%]': --run then takes the other part for itself.
 
@@ -31,8 +30,8 @@ Estimated is J = E_pi[ sum_{t<T} gamma^t r_t ]:
               delta_t = r_t - Q(s_t, a_t) + gamma V(s_{t+1}),  V(s) = E_{a~pi} Q(s, a)        [D2]
   (7) WDR     (1/n) sum_i V(s_0) + sum_t gamma^t sum_i w~_t delta_t
   (8) MAGIC   sum_j x_j g_j,  g_j = (7) with only the steps t <= j                            [D3]
-              x = argmin over the simplex of x' (Omega + b b') x, Omega the covariance of g, b_j the
-              distance of g_j from a 50% interval of (7)
+              x = argmin over the simplex of x' (Omega + b b') x, Omega the covariance of g,
+              b_j the distance of g_j from a 50% interval of (7)
   (9) FQE     Q_h(s, a) <- r + gamma (1 - terminal) E_{a'~pi} Q_{h-1}(s', a'), h steps to go,
               Q_0 = 0;  J = (1/n) sum_i V_T(s_0)                                              [D4]
  (10) model   one network for E[s' - s], E[r] and P(terminal); J = mean return of paths of mean
@@ -165,7 +164,8 @@ def evaluate_policy(policy, log, args):
             whole = partial(estimator, q=q.mean(0), v=v.mean(0))
             splits = [partial(estimator, q=x, v=y) for x, y in zip(q, v, strict=True)]
             estimate = bootstrap(whole, log, report.weights.sizes[-1] - 1, splits)
-            doubt = report.problem or DOUBTS.get(name, "")
+            fitted = DOUBTS["RIS"] if log.estimated and name in ("WIS", "PDWIS") else ""
+            doubt = report.problem or DOUBTS.get(name, fitted)
             report.estimates[name] = estimate._replace(doubt=doubt)
         report.bounds = lower_bounds(log, ratio, report.problem)
     report.estimates["FQE"] = fqe_estimate(members, log)
@@ -458,29 +458,26 @@ def weight_problem(weights):
     return f"{problem}; try --horizon {enough}" if enough else problem
 
 
-def student_t_bound(x, confidence=0.95):
-    """Lower bound of the mean of i.i.d. x (n,), if their mean is nearly normal:
-    mean - t_{confidence, n-1} S / sqrt(n)."""
-    return x.mean() - t_quantile(confidence, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x))
+def student_t_bound(x):
+    """95% lower bound of the mean of i.i.d. x (n,), if that is nearly normal."""
+    return x.mean() - t_quantile(0.95, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x))
 
 
-def bernstein_bound(x, cap, confidence=0.95, n=None):
-    """Empirical Bernstein lower bound of the mean of i.i.d. x >= 0, without any other assumption:
-    y = min(x, cap) only lowers the mean; with S^2 = var(y), l = log(2 / (1 - confidence)),
+def bernstein_bound(x, cap, n=None):
+    """95% lower bound of the mean of i.i.d. x >= 0, without any other assumption (empirical
+    Bernstein): y = min(x, cap) only lowers the mean; with S^2 = var(y), l = log(2 / 0.05),
     mean(y) - sqrt(2 S^2 l / n) - 7 cap l / (3 (n - 1))."""
-    y, n = np.minimum(x, cap), n or len(x)
-    log_term = math.log(2 / (1 - confidence))
-    width = math.sqrt(2 * y.var(ddof=1) * log_term / n) + 7 * cap * log_term / (3 * (n - 1))
-    return y.mean() - width
+    y, n, log = np.minimum(x, cap), n or len(x), math.log(2 / 0.05)
+    return y.mean() - math.sqrt(2 * y.var(ddof=1) * log / n) - 7 * cap * log / (3 * (n - 1))
 
 
-def hcope_bound(x, confidence=0.95, seed=0):
+def hcope_bound(x, seed=0):
     """bernstein_bound with the best cap as judged by a twentieth of the episodes, for the rest.
     x (n,) >= 0: what each episode adds to (1) or (2) [D5]."""
     x = np.random.default_rng(seed).permutation(x)
     held_out, rest = np.split(x, [max(10, len(x) // 20)])
-    cap = max(held_out, key=lambda c: bernstein_bound(held_out, c, confidence, n=len(rest)))
-    return bernstein_bound(rest, cap, confidence)
+    cap = max(held_out, key=lambda c: bernstein_bound(held_out, c, n=len(rest)))
+    return bernstein_bound(rest, cap)
 
 
 def lower_bounds(log, ratio, problem):
@@ -616,8 +613,9 @@ class Log:
             logged = np.where(edge, np.nan, logged)  # D6: a mass, whatever has been logged
         check_log_prob(logged, self)
         missing = np.isnan(logged)
-        note = f"behaviour policy estimated from the data for {missing.mean():.0%} of the steps"
-        self.notes.append(note if missing.any() else "behaviour policy as logged")
+        self.estimated = missing.mean()  # share of the steps
+        note = f"behaviour policy estimated from the data for {self.estimated:.0%} of the steps"
+        self.notes.append(note if self.estimated else "behaviour policy as logged")
         return np.where(missing, self.estimated_log_pi_b, logged)
 
 
@@ -678,11 +676,14 @@ def chunked(f, *arrays, size=10_000):
 
 
 class BoxLaw:
-    """The law of actions in [-1, 1] that are drawn from Gaussians (N, parts, A), mixed by logits
-    (N, parts), and then clipped, or squashed by tanh. All laws count actions beyond EDGE as at the
-    bound, where a law has no density but a mass [D6]: so ratios of any two average 1."""
+    """The law of actions in [-1, 1] that are drawn from a Gaussian (N, A), or from several
+    (N, parts, A), mixed by logits (N, parts), and then clipped, or squashed by tanh. All laws count
+    actions beyond EDGE as at the bound, where a law has no density but a mass [D6]: so ratios of
+    any two average 1."""
 
-    def __init__(self, mean, std, logits, squash=False):
+    def __init__(self, mean, std, logits=None, squash=False):
+        if logits is None:
+            mean, std, logits = mean[:, None], std[:, None], torch.zeros_like(mean[:, :1])
         self.normal, self.logits, self.squash = Normal(mean, std), logits, squash
 
     def sample(self):
@@ -734,12 +735,6 @@ def certain(action, units):
     return SimpleNamespace(sample=lambda: action)
 
 
-def one_gaussian(normal, squash=False):
-    """Normal (N, A) in network units -> BoxLaw."""
-    mean, std = normal.mean[:, None], normal.stddev[:, None]
-    return BoxLaw(mean, std, torch.zeros_like(mean[..., 0]), squash)
-
-
 NO_DENSITY = "this policy of continuous actions has no density"
 
 
@@ -757,7 +752,8 @@ def run_policy(name, policy, args, seen):
         if units.discrete:
             return law
         squash = hasattr(law, "median")  # TanhNormal
-        return one_gaussian(law.normal if squash else law.base_dist, squash)
+        normal = law.normal if squash else law.base_dist
+        return BoxLaw(normal.mean, normal.stddev, squash=squash)
 
     return Target(name, pi, units, args, NO_DENSITY * (without and not units.discrete), seen)
 
@@ -792,8 +788,7 @@ def user_policy(name, units, args):
         mean, std = (x.float().to(obs.device).flatten(1) for x in (normal.mean, normal.stddev))
         require(mean.isfinite().all(), "a mean is NaN or infinite")
         require(((std > 0) & std.isfinite()).all(), "a standard deviation is not above 0")
-        mean = (mean - units.center) / units.half_range
-        return one_gaussian(Normal(mean, std / units.half_range))
+        return BoxLaw((mean - units.center) / units.half_range, std / units.half_range)
 
     return Target(name, probabilities if units.discrete else box_law, units, args, problem)
 
