@@ -27,6 +27,7 @@ import mopo
 __all__ = ["stored", "stored_root"]  # fixtures
 pytestmark = pytest.mark.filterwarnings("ignore")  # Minari asks for an author and the like
 DATA = (LINE, UNIT)
+RAW = {"normalize_obs": False}
 
 
 def refuse(call, message, tmp_path, errors=(cql, bc, iql, awac, mopo)):
@@ -110,7 +111,7 @@ def test_numbers_that_are_finite_and_too_large_stop_the_run_with_advice(
 ):
     large = {"observations": 1e30 * np.arange(6.0)[:, None], "rewards": np.full(5, 9e29)}[what]
     episodes = [episode(5, **{what: large}) for _ in range(4)]
-    call = lambda: train_on(monkeypatch, tmp_path, file, episodes)  # noqa: E731
+    call = lambda: train_on(monkeypatch, tmp_path, file, episodes, **RAW)  # noqa: E731
     refuse(call, "(nan|inf|not finite).*--(normalize-obs|model-lr)", tmp_path)
 
 
@@ -139,7 +140,7 @@ def test_strange_numbers_train_or_are_refused(case, discrete, file, monkeypatch,
         for x in episodes:
             x.actions[:] = np.sign(x.actions)
         episodes = [replace(x, actions=x.actions[:, 0].astype(int)) for x in episodes]
-    result = train_on(monkeypatch, tmp_path, file, episodes, its_spaces)
+    result = train_on(monkeypatch, tmp_path, file, episodes, its_spaces, **RAW)
     assert all(math.isfinite(x) for x in result.values() if isinstance(x, float))
     policy = module(file).load_policy(next((tmp_path / "out").iterdir()))
     action = policy.act(np.stack([x.observations[0] for x in episodes]))
