@@ -73,7 +73,7 @@ from torch import nn
 from torch.distributions import Categorical, Independent, Normal
 from tqdm import tqdm
 
-__version__ = "2.2.0"
+__version__ = "2.2.1"
 
 
 @dataclass
@@ -545,13 +545,13 @@ class Dataset:
 
 
 # ---- Evaluation ----
-def find_env(data, env_id):
+def find_env(data, env_id, unless="with --eval-episodes 0"):
     """Makes environments of --env-id, else of the data, or None; observations become rows (O,)."""
     make = partial(gym.make, env_id) if env_id else data.make_env
     if make is None:
         print("no evaluation: the data name no environment; --env-id gives one, ope.py needs none")
         return None
-    with blaming(f"environment {env_id or 'of the data'} (--eval-episodes 0 trains without one)"):
+    with blaming(f"environment {env_id or 'of the data'} (not needed {unless})"):
         env, space = make(), data.units.observation_space
         limit = env.spec.max_episode_steps or data.episode.bincount().max().item()
         row = spaces.flatten(space, env.reset(seed=0)[0])
@@ -670,7 +670,7 @@ class Run:
         if args.compile:
             agent.update = compiled(agent.update, args.device)
         Run.go_on = f"to go on: python {ALGORITHM}.py --resume {shlex.quote(str(self.folder))}"
-        if (largest := data.transitions.obs.abs().max()) > 1000:
+        if not args.normalize_obs and (largest := data.transitions.obs.abs().max()) > 1000:
             print(f"observations reach {largest:.2g}: --normalize-obs may be needed")
         print(f"run folder {self.folder}", flush=True)
 

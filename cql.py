@@ -89,7 +89,7 @@ from torch import nn
 from torch.distributions import Normal
 from tqdm import tqdm
 
-__version__ = "2.2.0"
+__version__ = "2.2.1"
 
 
 @dataclass
@@ -712,13 +712,13 @@ class Dataset:
 
 
 # ---- Evaluation ----
-def find_env(data, env_id):
+def find_env(data, env_id, unless="with --eval-episodes 0"):
     """Makes environments of --env-id, else of the data, or None; observations become rows (O,)."""
     make = partial(gym.make, env_id) if env_id else data.make_env
     if make is None:
         print("no evaluation: the data name no environment; --env-id gives one, ope.py needs none")
         return None
-    with blaming(f"environment {env_id or 'of the data'} (--eval-episodes 0 trains without one)"):
+    with blaming(f"environment {env_id or 'of the data'} (not needed {unless})"):
         env, space = make(), data.units.observation_space
         limit = env.spec.max_episode_steps or data.episode.bincount().max().item()
         row = spaces.flatten(space, env.reset(seed=0)[0])
@@ -758,11 +758,12 @@ def q_health(metrics, data, gamma, if_high, if_low):
     low, high = reward.min().clamp(max=0).item() * steps, reward.max().clamp(min=0).item() * steps
     line = f"Q(s, pi(s)) = {q_policy:.4g}, Q on the data {q_data:.4g}, where discounted returns "
     line += f"average {mean:.4g}; possible are {low:.4g} to {high:.4g}"
+    slack = 0.01 * (high - low)  # of an approximation that is as good as it gets
     if mean and not 1e-3 < abs(mean) < 1e4:
         line += "; --reward-scale should bring these returns to about 1 to 1000"
-    if max(q_data, q_policy) > high:
+    if max(q_data, q_policy) > high + slack:
         return f"{line}: the critic extrapolates. {if_high}"
-    return f"{line}: too pessimistic. {if_low}" if min(q_data, q_policy) < low else line
+    return f"{line}: too pessimistic. {if_low}" if min(q_data, q_policy) < low - slack else line
 
 
 # ---- The run and its folder ----
@@ -855,7 +856,7 @@ class Run:
         if args.compile:
             agent.update = compiled(agent.update, args.device)
         Run.go_on = f"to go on: python {ALGORITHM}.py --resume {shlex.quote(str(self.folder))}"
-        if (largest := data.transitions.obs.abs().max()) > 1000:
+        if not args.normalize_obs and (largest := data.transitions.obs.abs().max()) > 1000:
             print(f"observations reach {largest:.2g}: --normalize-obs may be needed")
         print(f"run folder {self.folder}", flush=True)
 

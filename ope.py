@@ -85,7 +85,7 @@ from torch import nn
 from torch.distributions import Categorical, Distribution, Independent, Normal
 from tyro.conf import UseAppendAction
 
-__version__ = "2.2.0"
+__version__ = "2.2.1"
 
 
 @dataclass
@@ -123,7 +123,7 @@ def main(args: Args) -> dict:
               "random, gain 5; what would it earn with gain 12?")  # fmt: skip
         args = replace(args, verify=True, horizon=args.horizon or 50)
         data, policies = example(args)
-    make_env = find_env(data, args.env_id) if args.verify else None
+    make_env = find_env(data, args.env_id, "without --verify") if args.verify else None
     torch.manual_seed(args.seed)
     log, reports = Log(data, args), {}
     for policy in policies:
@@ -1386,13 +1386,13 @@ class Dataset:
 
 
 # ---- Evaluation ----
-def find_env(data, env_id):
+def find_env(data, env_id, unless="with --eval-episodes 0"):
     """Makes environments of --env-id, else of the data, or None; observations become rows (O,)."""
     make = partial(gym.make, env_id) if env_id else data.make_env
     if make is None:
         print("no evaluation: the data name no environment; --env-id gives one, ope.py needs none")
         return None
-    with blaming(f"environment {env_id or 'of the data'} (--eval-episodes 0 trains without one)"):
+    with blaming(f"environment {env_id or 'of the data'} (not needed {unless})"):
         env, space = make(), data.units.observation_space
         limit = env.spec.max_episode_steps or data.episode.bincount().max().item()
         row = spaces.flatten(space, env.reset(seed=0)[0])

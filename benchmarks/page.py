@@ -425,19 +425,10 @@ def ope():
     point = base.mark_point(filled=True, size=90, opacity=1).encode(
         alt.X("estimate:Q", **x), y, kind, form
     )
+    once = {(row["i"], row["j"]): row for row in rows}  # what all estimators of a panel share
+    shared = "i j truth logged ess lines".split()
     facts = alt.Chart(
-        alt.Data(
-            values=[
-                dict(t)
-                for t in {
-                    tuple(
-                        (k, tuple(row[k]) if k == "lines" else row[k])
-                        for k in ("i", "j", "truth", "logged", "ess", "lines")
-                    )
-                    for row in rows
-                }
-            ]
-        )
+        alt.Data(values=[{k: row[k] for k in shared} for row in once.values()])
     ).transform_filter(here)
     truth = facts.mark_rule(strokeWidth=2).encode(alt.X("truth:Q", **x))
     logged = facts.mark_rule(strokeWidth=2, strokeDash=[6, 4]).encode(alt.X("logged:Q", **x))

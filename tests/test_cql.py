@@ -475,9 +475,9 @@ def test_health_raises_alpha_where_q_is_too_high_and_lowers_it_where_q_is_too_lo
         data = make_data(cql, torch.zeros(4, 3), action, reward)
         assert cql.health(sane, data, args).endswith(end)
         for name in ("q_data", "q_policy"):
-            assert cql.health(sane | {name: 20.1}, data, args).endswith(
+            assert cql.health(sane | {name: 20.4}, data, args).endswith(
                 "the critic extrapolates. Raise --alpha."
             )
-            assert cql.health(sane | {name: -10.1}, data, args).endswith(
+            assert cql.health(sane | {name: -10.4}, data, args).endswith(
                 "too pessimistic. Lower --alpha."
             )
