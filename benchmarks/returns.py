@@ -6,6 +6,7 @@
   python benchmarks/returns.py --methods cql iql --datasets cartpole/mixed-v0 --seeds 100 101
   python benchmarks/returns.py --ray                     on a Ray cluster (pip install ray)
   python benchmarks/returns.py --minari                  the commands of the MuJoCo table
+  python benchmarks/returns.py --minari --table          that table, with what others have published
   python benchmarks/returns.py --datasets hopper/replay-v0 --methods bc iql --seeds 100 101 102 \\
     --csv benchmarks/returns_hopper.csv                  data of collect_sac.py, 50,000 updates
 
@@ -22,6 +23,7 @@ import contextlib
 import csv
 import importlib
 import io
+import json
 import os
 import sys
 import time
@@ -76,6 +78,12 @@ HUB = [  # the MuJoCo table: dataset ids of each cell, and the flags of each met
     for env in ("hopper", "halfcheetah", "walker2d")
     for cell in (["simple"], ["medium"], ["expert"], ["simple", "expert"])
 ]
+HUB_RUNS = "runs/minari"
+REFERENCES = {  # returns: random actions, mean of the expert data; what scores 0 and 100 in D4RL
+    "hopper": (16.7, 3858, -20.3, 3234.3),
+    "halfcheetah": (-290.3, 16243, -280.2, 12135),
+    "walker2d": (1.4, 6848, 1.6, 4592.3),
+}
 HUB_FLAGS = {
     "bc": "--normalize-obs --hidden 256 256 --lr 3e-4",
     "%bc": "--top-fraction 0.1 --normalize-obs --hidden 256 256 --lr 3e-4",
@@ -100,13 +108,13 @@ class Args:
     runs: str = "runs/returns"  # where the runs' folders are made
     table: bool = False  # print the table and stop
     curves: bool = False  # gather the learning curves of all the runs' folders and stop
-    minari: bool = False  # print the commands of the MuJoCo table and stop
+    minari: bool = False  # print the commands of the MuJoCo table, or with --table it, and stop
     ray: bool = False  # run on a Ray cluster in place of processes
 
 
 def main(args: Args):
     if args.minari:
-        return print("\n".join(hub_commands()))
+        return print("\n".join(hub_table() if args.table else hub_commands()))
     if args.curves:
         return save_curves(args.runs)
     rows = read(args.csv)
@@ -280,8 +288,38 @@ def hub_commands():
             for seed in range(100, 105):
                 yield (
                     f"python {METHODS[method][0]}.py --dataset-id {' '.join(ids)} --seed {seed} "
-                    f"{flags} --steps 1000000 --log-every 5000 --eval-every 50000"
+                    f"{flags} --steps 1000000 --log-every 5000 --eval-every 50000 "
+                    f"--out-dir {HUB_RUNS}/{method}"
                 )
+
+
+def hub_table():
+    """Lines: the published means and those of our complete runs (how many), which benchmarks/
+    minari.csv gets, with their share of the expert data's return, in %, and D4RL's number, to which
+    D4RL's own datasets are not comparable: others, of another version of the environments."""
+    cells, rows = defaultdict(list), []
+    for path in sorted(Path(HUB_RUNS).glob("*/*/result.json")):
+        result, method = json.loads(path.read_text()), path.parts[-3]
+        dataset, value = result["dataset"], result["return_mean"]
+        random, expert, low, high = REFERENCES[dataset.split("/")[1]]
+        share, d4rl = (value - random) / (expert - random), (value - low) / (high - low)
+        row = [method, dataset, result["seed"], result["steps"], value, 100 * share, 100 * d4rl]
+        rows.append(row)
+        cells[dataset, method].append(value)
+    if rows:
+        with open(ROOT / "benchmarks/minari.csv", "w", newline="") as file:
+            header = "method dataset seed steps return_mean share_of_expert d4rl_relative".split()
+            csv.writer(file, lineterminator="\n").writerows([header, *rows])
+    published = {row["dataset"]: row for row in read(ROOT / "benchmarks/minari_published.csv")}
+    others = ("data", "flow-BC", "FQL", "GFP")
+    yield f"| data | its return | {' | '.join([*others[1:], *HUB_FLAGS])} |"
+    yield "|---" * (len(others) + len(HUB_FLAGS) + 1) + "|"
+    for dataset in map("+".join, HUB):
+        line = [published.get(dataset, {}).get(name, "-") for name in others]
+        for method in HUB_FLAGS:
+            x = cells[dataset, method]
+            line.append(f"{np.mean(x):.0f} ({len(x)})" if x else "not run")
+        yield f"| `{dataset}` | {' | '.join(line)} |"
 
 
 if __name__ == "__main__":
