@@ -411,7 +411,8 @@ def fqe_estimate(members, log):
     """J of (9), the mean of V_T(s_0) (n, E). The halves of a pair are independent: half the
     difference d of what two members say is as large as the error of all episodes together. So the
     variance is the mean of d^2 over the 4 pairs, plus that of the first states; of the gain over
-    the logged policy, where a half's own first states and returns are paired, mean d^2 alone."""
+    the logged policy, where a half's own first states and returns are paired, mean d^2 alone. An
+    error that all members share, as of training that is not done, is not in it: more --steps."""
 
     def mean_square(x):  # of d, for x (E,)
         return (((x[0::2] - x[1::2]) / 2) ** 2).mean()
