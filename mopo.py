@@ -14,8 +14,8 @@ no reason to go there. Where the data are broad but poor, a model pays.
   python mopo.py --conservative 1 --real-ratio 0.5    COMBO
   python mopo.py --dataset-id mujoco/hopper/medium-v0 --hidden 256 256 --model-hidden 200 200 200 \
     200 --rollout-starts 50000 --rollout-every 1000 --penalty 5 --actor-lr 3e-4 --critic-lr 3e-4 \
-    --polyak 0.005 --model-epochs 1000 --steps 1000000 --log-every 5000 --eval-every 50000
-                          MuJoCo, the paper's settings, hours; h is 1 or 5, lambda 0.5 to 5 by task
+    --polyak 0.005 --model-epochs 1000 --no-normalize-obs --steps 1000000 --log-every 5000 \
+    --eval-every 50000    MuJoCo, the paper's settings, hours; h is 1 or 5, lambda 0.5 to 5 by task
 
 s, a, r, s' are data or imagined, x = [s' - s, r]; lambda is --penalty, h --rollout-length, Q' a
 lagging copy of Q. The model, 7 members i, each a Gaussian of x with mean m_i and std d_i:

@@ -23,6 +23,7 @@ import contextlib
 import csv
 import importlib
 import io
+import itertools
 import json
 import os
 import sys
@@ -93,8 +94,8 @@ HUB_FLAGS = {
     "awac": "--normalize-obs --reward-scale 1 --lam 0.333 --hidden 256 256 256 --lr 3e-4",
     "bcq": "--hidden 256 256 --vae-hidden 256 256 --batch-size 100 --polyak 0.005 --phi 0.05 "
     "--reward-scale 1",
-    "mopo": "--hidden 256 256 --model-hidden 200 200 200 200 --rollout-starts 50000 "
-    "--rollout-every 1000 --actor-lr 3e-4 --critic-lr 3e-4 --polyak 0.005",
+    "mopo": "--no-normalize-obs --hidden 256 256 --model-hidden 200 200 200 200 "
+    "--rollout-starts 50000 --rollout-every 1000 --actor-lr 3e-4 --critic-lr 3e-4 --polyak 0.005",
 }
 
 
@@ -178,20 +179,22 @@ def steady(metrics, dataset):
 
 
 def save_curves(runs):
-    """Every 500th update of the complete runs among the folders, for figures.py."""
-    rows = []
+    """Every 500th update of the complete runs among the folders, for figures.py; what the CSV has
+    of other runs stays."""
+    path, rows = ROOT / "benchmarks/data/learning.csv", {}
+    for row in read(path):
+        rows.setdefault((row["method"], row["dataset"], row["seed"]), []).append([*row.values()])
     for result in sorted(Path(runs).glob("*/*/result.json")):
         method, dataset, seed = result.parts[-3].split("__")
-        with open(result.parent / "metrics.csv") as file:
-            for row in csv.DictReader(file):
-                if row["return_mean"] and int(row["step"]) % 500 == 0:
-                    value = round(float(row["return_mean"]), 1)
-                    rows.append(
-                        [method, dataset.replace("-", "/", 1), seed[1:], row["step"], value]
-                    )
-    with open(ROOT / "benchmarks/data/learning.csv", "w", newline="") as file:
+        key = method, dataset.replace("-", "/", 1), seed[1:]
+        rows[key] = [
+            [*key, row["step"], round(float(row["return_mean"]), 1)]
+            for row in read(result.parent / "metrics.csv")
+            if row["return_mean"] and int(row["step"]) % 500 == 0
+        ]
+    with open(path, "w", newline="") as file:
         header = ["method", "dataset", "seed", "update", "return_mean"]
-        csv.writer(file, lineterminator="\n").writerows([header, *rows])
+        csv.writer(file, lineterminator="\n").writerows([header, *itertools.chain(*rows.values())])
 
 
 def on_processes(jobs, args):
