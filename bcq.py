@@ -559,9 +559,10 @@ def scripted_action(dataset_id, obs):
 
 
 def builtin_dataset(dataset_id):
-    """20,000 transitions (the last episode complete), always the same, of a scripted controller
-    that acts at random with probability eps, in cartpole/0.35-v0 0.35; its probabilities if it has
-    any. -> (episodes, (observation space, action space), make_env or None, reference or None)."""
+    """20,000 transitions (the last episode complete), the same but for the CPU's rounding, of a
+    scripted controller that acts at random with probability eps, in cartpole/0.35-v0 0.35; its
+    probabilities if it has any. -> (episodes, (observation space, action space), make_env or None,
+    reference or None)."""
     known = re.fullmatch(r"(pendulum|cartpole)/(random|medium|expert|mixed|0\.\d+)-v0", dataset_id)
     names = "{pendulum,cartpole}/{random,medium,expert,mixed}-v0 and, by the noise, 0.35-v0"
     require(known, f"not on disk, and not built in, as are {names}")

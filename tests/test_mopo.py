@@ -742,12 +742,12 @@ def test_health_compares_q_with_rewards_that_have_the_bonus_and_the_penalty():
 
     assert "possible are -5 to 5" in health(4.9)
     assert "possible are 0 to 11" in health(10.9, conservative=1.0)
-    for q, advice in ((5.1, "Raise --penalty."), (-5.1, "Lower --penalty.")):
+    for q, advice in ((5.2, "Raise --penalty."), (-5.2, "Lower --penalty.")):
         assert health(q).endswith(advice)
     for q in (-4.9, 4.9):
         assert "Raise" not in health(q) and "Lower" not in health(q)
-    assert health(11.1, conservative=1.0).endswith("Raise --conservative.")
-    assert health(-0.1, conservative=1.0).endswith("Lower --conservative.")
+    assert health(11.2, conservative=1.0).endswith("Raise --conservative.")
+    assert health(-0.2, conservative=1.0).endswith("Lower --conservative.")
     assert torch.equal(data.transitions.reward, reward)
 
 
