@@ -671,7 +671,7 @@ class Run:
         if args.compile:
             agent.update = compiled(agent.update, args.device)
         Run.go_on = f"to go on: python {ALGORITHM}.py --resume {shlex.quote(str(self.folder))}"
-        if not args.normalize_obs and (largest := data.transitions.obs.abs().max()) > 1000:
+        if (largest := data.transitions.obs.abs().max()) > 1000:
             print(f"observations reach {largest:.2g}: --normalize-obs may be needed")
         print(f"run folder {self.folder}", flush=True)
 

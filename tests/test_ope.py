@@ -1347,6 +1347,7 @@ def test_wrong_use_gets_one_clear_line(policies, runs, tmp_path):
         ({"seed": 10**30}, "--seed 10+: it must lie in"),
         ({"verify_episodes": 1}, "--verify-episodes 1"),
         ({"dataset_id": ("x/y",), "policy": (policies + "good",)}, "dataset x/y: .*a version"),
+        ({"env_id": "No-v0"}, r"environment No-v0 \(not needed without --verify\): .*No"),
     ):
         with pytest.raises(UserError, match=message) as error:
             ope.main(Args(**{**QUICK, "horizon": 3, **flags}))
