@@ -85,7 +85,7 @@ from torch import nn
 from torch.distributions import Categorical, Distribution, Independent, Normal
 from tyro.conf import UseAppendAction
 
-__version__ = "2.2.1"
+__version__ = "2.2.2"
 
 
 @dataclass
@@ -1089,7 +1089,7 @@ class MLP(nn.Module):
     def forward(self, x):
         x = x.mT.expand(len(self.bias[0]), *x.mT.shape[-2:])  # columns: thin layers are faster
         for layer, (weight, bias) in enumerate(zip(self.weight, self.bias, strict=True)):
-            x = torch.baddbmm(bias, weight, self.activation(x) if layer else x)
+            x = torch.bmm(weight, self.activation(x) if layer else x).add_(bias)
         return x.mT
 
 

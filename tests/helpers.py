@@ -140,7 +140,7 @@ def forward(weights, x):
     n = len(weights) // 2
     x = x.mT.expand(len(weights[0]), *x.mT.shape[-2:])
     for i in range(n):
-        x = torch.baddbmm(weights[n + i], weights[i], x)
+        x = torch.bmm(weights[i], x) + weights[n + i]
         x = x.relu() if i < n - 1 else x
     return x.mT
 

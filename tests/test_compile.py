@@ -26,11 +26,11 @@ def in_float64():
     torch._dynamo.reset()
 
 
-def make(module, kind):
+def make(module, kind, **flags):
     torch.manual_seed(0)
     action_space = Discrete(4) if kind == "discrete" else Box(-1, 1, (3,))
     units = module.Units(Box(-9, 9, (11,)), action_space).double()
-    flags = {"hidden": (16, 16), "batch_size": 32}
+    flags |= {"hidden": (16, 16), "batch_size": 32}
     if module.__name__ == "mopo":
         flags |= {"model_hidden": (16, 16), "rollout_starts": 32}
     agent = module.Agent(units, module.Args(**flags)).double()
@@ -68,6 +68,23 @@ def test_compiled_update_equals_the_eager_one(name, kind, in_float64):
         torch.testing.assert_close(agent.state_dict()[key], value, rtol=1e-9, atol=1e-9)
         moved = max(moved, (value - first[key]).abs().max().item())
     assert moved > 1e-3
+
+
+@slow
+def test_agents_in_one_process_have_graphs_of_their_own(in_float64):
+    """No guard checks what was true when a graph was made: flags are constants in it, and a batch
+    of another shape is an error, not a wrong result."""
+    module = importlib.import_module("iql")
+    eager, agents = ([make(module, "box", expectile=tau) for tau in (0.5, 0.9)] for _ in range(2))
+    updates = [module.compiled(agent.update, "cpu") for agent in agents]
+    for batch in batches(module, "box", 3):
+        for one, update in zip(eager, updates, strict=True):
+            expected = one.update(batch)["value_loss"].detach()
+            torch.testing.assert_close(update(batch)["value_loss"], expected, rtol=1e-9, atol=1e-9)
+    before = deepcopy(agents[0].state_dict())
+    with pytest.raises((AssertionError, RuntimeError), match=r"32|size"):
+        updates[0](module.Batch(*(x[:16] for x in batch)))
+    assert all(torch.equal(x, before[key]) for key, x in agents[0].state_dict().items())
 
 
 @slow
