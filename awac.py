@@ -201,10 +201,8 @@ class Agent(nn.Module):
     def diagnose(self, batch):
         """Metrics on a fixed sample of the data, as tensors."""
         pi = self.policy(batch.obs)
-        q_data, value = (
-            self.critic(batch.obs, batch.action).min(0).values,
-            self.critic.value(batch.obs, pi),
-        )
+        q_data = self.critic(batch.obs, batch.action).min(0).values
+        value = self.critic.value(batch.obs, pi)
         w = self.weights(q_data - value)
         return {
             "q_data": q_data.mean(),  # min_j Q_j(s, a)

@@ -222,9 +222,8 @@ class ContinuousCQL(nn.Module):
     def update(self, batch):
         """(4) to (9), all losses with the networks as before the update. Returns metrics as
         tensors: nothing waits for the device."""
-        pi, q = self.policy(batch.obs), self.critic(batch.obs, batch.action)
-        with torch.no_grad():
-            pi_next = self.policy(batch.next_obs)
+        pi, pi_next = self.policy(batch.obs), self.policy(batch.next_obs)
+        q = self.critic(batch.obs, batch.action)
         action, log_pi = pi.sample_and_log_prob()
         actor_loss = self.actor_loss(batch, action, log_pi)  # (4)
         if self.args.bc_weight:  # D5

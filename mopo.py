@@ -229,8 +229,7 @@ class Agent(nn.Module):
         """The bracket of (8) (E,) for q (E, N): how much higher Q is in the model's states, and in
         those alone (D4), than on the data."""
         obs, next_obs = batch.obs[self.real_rows :], batch.next_obs[self.real_rows :]
-        with torch.no_grad():
-            pi, pi_next = self.policy(obs), self.policy(next_obs)
+        pi, pi_next = self.policy(obs), self.policy(next_obs)
         pushed_down = soft_maximum(self.critic, obs, pi, pi_next, K=10)  # K as in CQL's code
         return pushed_down.mean(1) - q[:, : self.real_rows].mean(1)
 
@@ -392,9 +391,7 @@ def fit_ensemble(model, train, held_out, args):
         for index in rows.split(args.batch_size, 1):  # (members, N)
             step(optimizer, model.loss(train.obs[index], train.action[index], x[index]))
         error = squared_error(model, held_out)
-        require(
-            error.isfinite().all(), "the model's held-out error is not finite: lower --model-lr"
-        )
+        require(error.isfinite().all(), "the model's error is not finite: lower --model-lr")
         improved = error < 0.99 * best_error
         best_error = error.where(improved, best_error)
         for kept, p in zip(best.parameters(), model.net.parameters(), strict=True):
