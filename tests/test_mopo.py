@@ -852,14 +852,14 @@ def test_the_report_warns_where_terminals_are_missed(monkeypatch):
     monkeypatch.setattr(model, "terminal_logit", lambda obs: obs[:, 0])
     model.terminal_threshold.fill_(0.5)
     batch.terminal[:10] = 1
-    for found, warned in ((7, True), (8, False)):
+    for found, alarms, warned in ((7, 0, True), (8, 8, False)):
         batch.next_obs[:, 0] = 0
         batch.next_obs[:found, 0] = 1
-        batch.next_obs[10:12, 0] = 1  # false alarms
+        batch.next_obs[10 : 10 + alarms, 0] = 1
         table = mopo.found_terminals(model, batch)
         counts, shares, *_ = table.values()
-        assert counts == [10, found + 2]
-        assert [float(x) for x in shares] == pytest.approx([found / (found + 2), found / 10])
+        assert counts == [10, found + alarms]
+        assert [float(x) for x in shares] == pytest.approx([found / (found + alarms), found / 10])
         assert any(name.startswith("warning") for name in table) == warned
 
 
