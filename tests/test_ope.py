@@ -434,18 +434,22 @@ def test_shares_of_episodes_are_the_bootstrap(mdp):
             assert value == pytest.approx(estimator(*(x[chosen] for x in arrays)), abs=1e-10)
 
 
-def test_magic_follows_its_definition(mdp):
+@pytest.mark.parametrize("sides", [1, -1])
+def test_magic_follows_its_definition(mdp, sides):
     """x minimises x' (Omega + b b') x with b the distance from the interval around WDR, which is a
-    normal one by Omega: on a fine grid of x for three g_j."""
-    state, action, reward, ratio = mdp.sample(15)
-    q, v = mdp.q_and_v(3 * mdp.random_q(), state, action)
-    gamma, w = mdp.gamma, ratio.cumprod(1)
-    delta = gamma ** np.arange(T) * w / w.mean(0) * (reward - q + gamma * v[:, 1:])
-    each = np.stack([v[:, 0], v[:, 0] + delta[:, 0], v[:, 0] + delta.sum(1)], 1)
-    g, omega = each.mean(0), np.cov(each.T) / 15
-    half = 0.6745 * np.sqrt(omega[2, 2])
-    b = np.maximum(0, np.abs(g - g[2]) - half)
-    assert b.max() > 0
+    normal one by Omega: on a fine grid of x for three g_j, two of them outside of the interval, on
+    the same side or on opposite ones, where signed distances would cancel."""
+    gamma, outside = mdp.gamma, np.zeros(2)
+    while outside.prod() * sides <= 0:
+        state, action, reward, ratio = mdp.sample(15)
+        q, v = mdp.q_and_v(3 * mdp.random_q(), state, action)
+        w = ratio.cumprod(1)
+        delta = gamma ** np.arange(T) * w / w.mean(0) * (reward - q + gamma * v[:, 1:])
+        each = np.stack([v[:, 0], v[:, 0] + delta[:, 0], v[:, 0] + delta.sum(1)], 1)
+        g, omega = each.mean(0), np.cov(each.T) / 15
+        half = 0.6745 * np.sqrt(omega[2, 2])
+        b = np.maximum(0, np.abs(g - g[2]) - half)
+        outside = (np.sign(g - g[2]) * b)[:2]
     grid = np.linspace(0, 1, 401)
     x = np.array([(i, j, 1 - i - j) for i in grid for j in grid if i + j <= 1])
     best = x[np.einsum("ni,ij,nj->n", x, omega + np.outer(b, b), x).argmin()]
