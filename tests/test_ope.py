@@ -536,6 +536,19 @@ def test_coverage():
     assert hcope >= 0.95 and useless == 0
 
 
+def test_the_cap_of_hcope_is_chosen_by_a_twentieth_and_used_for_the_rest():
+    x = np.random.default_rng(3).exponential(size=400) ** 3
+    held_out, rest = np.split(np.random.default_rng(0).permutation(x), [20])
+    bounds = {cap: ope.bernstein_bound(held_out, cap, n=380) for cap in held_out}
+    assert hcope_bound(x) == ope.bernstein_bound(rest, max(bounds, key=bounds.get))
+
+
+def test_ratios_too_large_for_a_float_stay_finite():
+    log = SimpleNamespace(padded=lambda x: x)
+    ratio = ope.Log.ratio(log, np.array([0.0, 2000.0, -2000.0]), np.zeros(3))
+    assert np.isfinite(ratio).all() and ratio[1] > 1e300 and ratio[2] == 0
+
+
 def test_hcope_holds_where_the_worst_reward_is_not_in_the_log():
     """Reward 1, or -1000 in one of a hundred: known beforehand, the bound holds; the lowest logged
     one alone puts it above the truth in most logs, and the line says under which condition."""
@@ -877,6 +890,27 @@ def test_the_model_rolls_out_what_it_has_learned(monkeypatch):
     assert np.median(value) == pytest.approx(expected, abs=0.3)
     endless = sum(0.9**t * 0.1 * t for t in range(14))
     assert abs(expected - endless) > 0.6  # the end was honoured
+
+
+def test_the_model_never_ends_without_ends_and_stays_within_the_range_of_the_data(monkeypatch):
+    """After a single update it knows nothing else: half a chance to end, steps in any direction."""
+    torch.manual_seed(0)
+    args = Args(hidden=(64,), steps=1, gamma=0.9, horizon=50, resamples=100)
+    units = ope.Units(spaces.Box(-9, 9, (1,)), spaces.Box(-1.0, 1.0, (1,)))
+    s, next_s, a = torch.rand(3, 400, 1) * 2 - 1
+    next_s[:2] = torch.tensor([[-1.0], [1.0]])
+    batch = ope.Batch(s, a, torch.ones(400), next_s, torch.zeros(400))
+    with monkeypatch.context() as patch:
+        log = quick_log(dataset(units, batch, torch.arange(400) // 50), args, patch)
+    visited = []
+
+    def one(obs):
+        visited.append(obs)
+        return ope.certain(torch.ones(len(obs), 1), units)
+
+    value = ope.fit_model(log, args)(ope.Target("one", one, units, args))
+    assert value == pytest.approx(np.full(8, (1 - 0.9**50) / 0.1), abs=0.1)
+    assert torch.cat(visited).abs().max() == 1  # at the edge, where it would have gone on
 
 
 def test_fqe_and_the_model_are_checked_on_the_logged_policy():
