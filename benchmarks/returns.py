@@ -64,7 +64,11 @@ HOPPER_FLAGS = {  # of a MuJoCo dataset in Minari's folder, see collect_sac.py: 
     "bcq": "--vae-hidden 256 256 --batch-size 100 --polyak 0.005 --phi 0.05 --reward-scale 1",
     "mopo": "--model-hidden 200 200 200 200 --polyak 0.005",
 }
-ONLY = {"mopo": "pendulum/", "cql-bc": "pendulum/expert", "bcq-narrow": "pendulum/expert"}
+ONLY = {
+    "mopo": ("pendulum/", "hopper/"),
+    "cql-bc": "pendulum/expert",
+    "bcq-narrow": "pendulum/expert",
+}
 DATASETS = tuple(
     f"{env}/{quality}-v0"
     for env in ("pendulum", "cartpole")
