@@ -87,7 +87,7 @@ class Args:
     eval_every: int = 1_000  # updates between two evaluations; 0: only the final one
     eval_episodes: int = 100  # of the final evaluation, a tenth of it along the way; 0: none
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # of the data and the networks
-    compile: bool = False  # the update as one graph: up to 1.4 times as fast after half a minute
+    compile: bool = False  # the update as one graph: up to 1.6 times as fast after half a minute
     out_dir: str = "runs"  # where the run's folder is made
     resume: str | None = None  # folder of a run to go on with; takes all other flags from there
     # Optimisation
