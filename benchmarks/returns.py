@@ -51,7 +51,7 @@ METHODS = {  # name: file, flags beside the defaults
     "iql": ("iql", ""),
     "awac": ("awac", ""),
     "bcq": ("bcq", ""),
-    "bcq-narrow": ("bcq", "--phi 0.05"),
+    "bcq-narrow": ("bcq", "--phi 0"),
     "mopo": ("mopo", ""),
 }
 HOPPER = "--hidden 256 256 --normalize-obs --steps 50000 --log-every 1000 --eval-every 5000"
