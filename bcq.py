@@ -10,7 +10,7 @@ offline those are out-of-distribution actions, which no data correct: extrapolat
 learns which actions the data contain in a state, and then takes the maximum over these only.
 
   python bcq.py                                   Pendulum, a return of about -145
-  python bcq.py --dataset-id pendulum/expert-v0 --phi 0        narrow data, about -140
+  python bcq.py --dataset-id pendulum/expert-v0 --phi 0        narrow data: -140, at times -250
   python bcq.py --dataset-id cartpole/mixed-v0    Discrete actions; --threshold 0: double DQN
   python bcq.py --dataset-id mujoco/hopper/medium-v0 --hidden 400 300 --vae-hidden 750 750 \
     --phi 0.05 --reward-scale 1 --batch-size 100 --polyak 0.005 --steps 1000000 \
