@@ -357,7 +357,7 @@ def compiled(update, device):
     def graph(batch):
         return {name: x.detach() for name, x in update(batch).items()}
 
-    graph.__code__ = graph.__code__.replace()  # without guards, a cache shared with other agents
+    graph.__code__ = graph.__code__.replace()  # its own cache: without guards agents share one
     return torch.compile(graph, fullgraph=True, dynamic=False, options=options)
 
 

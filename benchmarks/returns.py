@@ -52,6 +52,7 @@ METHODS = {  # name: file, flags beside the defaults
     "awac": ("awac", ""),
     "bcq": ("bcq", ""),
     "bcq-narrow": ("bcq", "--phi 0"),
+    "bcq-0.05": ("bcq", "--phi 0.05"),
     "mopo": ("mopo", ""),
 }
 HOPPER = "--hidden 256 256 --normalize-obs --steps 50000 --log-every 1000 --eval-every 5000"
@@ -68,6 +69,7 @@ ONLY = {
     "mopo": ("pendulum/", "hopper/"),
     "cql-bc": "pendulum/expert",
     "bcq-narrow": "pendulum/expert",
+    "bcq-0.05": "pendulum/expert",
 }
 DATASETS = tuple(
     f"{env}/{quality}-v0"
