@@ -287,7 +287,7 @@ class ContinuousCQL(nn.Module):
 
 
 def soft_maximum(critic, obs, pi, pi_next, K):
-    """The logarithm of the integral of exp Q_j(s, .) (E, N), by importance sampling: exp Q / mu,
+    """Log of the integral of exp Q_j(s, .), plus log 3K (E, N), by importance sampling: exp Q / mu,
     averaged over a ~ mu, is that integral for every mu that covers the actions; pi(.|s') is one."""
     N, A = pi.median.shape
     with torch.no_grad():
@@ -345,14 +345,9 @@ class TanhNormal:
     def sample_and_log_prob(self, shape=()):
         """Differentiable actions (*shape, N, A) and their log pi(a|s) (*shape, N)."""
         z = self.normal.rsample(shape)
-        return z.tanh(), self.log_density(z)
-
-    def log_prob(self, action):
-        return self.log_density(action.clamp(-1 + 1e-6, 1 - 1e-6).atanh())
-
-    def log_density(self, z):
+        action = z.tanh()
         log_slope = 2 * (math.log(2) - z - F.softplus(-2 * z))  # log(1 - tanh(z)^2), never log of 0
-        return (self.normal.log_prob(z) - log_slope).sum(-1)
+        return action, (self.normal.log_prob(z) - log_slope).sum(-1)
 
 
 def health(metrics, data, args):

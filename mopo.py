@@ -45,9 +45,8 @@ which the theory does not cover.
 Shapes: N batch, O observation, A action size, E = 2 critics, members = 7.
 
 Differs from the papers or from the official code:
-  D1 Terminals are learned from the data, not written by hand for each task: a classifier of s' on
-     balanced batches, calibrated on held-out data, that cuts where a terminal is more likely than
-     not. Nor may a rollout leave the range of the data by more than half of it: s' is clamped.
+  D1 Terminals are learned from the data, not written by hand for each task (`fit_terminal`). Nor
+     may a rollout leave the range of the data by more than half of it: s' is clamped.
   D2 Held out is a tenth of the episodes, not 1000 transitions: neighbours in time are near copies.
   D3 One weight decay (5e-5) for all layers, official are 2.5e-5 to 1e-4; torch's initialisation.
   D4 Target entropy -A, the official code has -3 for every task. COMBO keeps (6)'s entropy bonus, as
@@ -381,8 +380,7 @@ def fit_ensemble(model, train, held_out, args):
     low, high = torch.cat([train.obs, train.next_obs]).aminmax(dim=0)
     half = (high - low) / 2
     model.obs_range.copy_(torch.stack([low - half, high + half]))  # D1
-    bounds = [model.max_logvar, model.min_logvar]
-    optimizer = Adam([*model.net.parameters(), *bounds], args.model_lr)
+    optimizer = Adam([*model.net.parameters(), model.max_logvar, model.min_logvar], args.model_lr)
     best, waited = deepcopy(model.net), 0
     best_error = torch.full((model.members,), math.inf, device=x.device)
     rows = torch.randint(len(x), (model.members, len(x)), device=x.device)
@@ -436,7 +434,7 @@ def calibrate(model, batch):
 
 
 def soft_maximum(critic, obs, pi, pi_next, K):
-    """The logarithm of the integral of exp Q_j(s, .) (E, N), by importance sampling: exp Q / mu,
+    """Log of the integral of exp Q_j(s, .), plus log 3K (E, N), by importance sampling: exp Q / mu,
     averaged over a ~ mu, is that integral for every mu that covers the actions; pi(.|s') is one."""
     N, A = pi.median.shape
     with torch.no_grad():
@@ -483,25 +481,19 @@ class TanhNormal:
     def sample_and_log_prob(self, shape=()):
         """Differentiable actions (*shape, N, A) and their log pi(a|s) (*shape, N)."""
         z = self.normal.rsample(shape)
-        return z.tanh(), self.log_density(z)
-
-    def log_prob(self, action):
-        return self.log_density(action.clamp(-1 + 1e-6, 1 - 1e-6).atanh())
-
-    def log_density(self, z):
+        action = z.tanh()
         log_slope = 2 * (math.log(2) - z - F.softplus(-2 * z))  # log(1 - tanh(z)^2), never log of 0
-        return (self.normal.log_prob(z) - log_slope).sum(-1)
+        return action, (self.normal.log_prob(z) - log_slope).sum(-1)
 
 
 def health(metrics, data, args):
     """Q of (6) is soft and penalised, and is compared with rewards that are so too."""
-    added = metrics["temperature"] * metrics["entropy"]
-    if not args.conservative:
-        added -= args.penalty * metrics["u_policy"]
-    like_q, knob = copy(data), "--conservative" if args.conservative else "--penalty"
+    penalty, knob = (0, "--conservative") if args.conservative else (args.penalty, "--penalty")
+    added = metrics["temperature"] * metrics["entropy"] - penalty * metrics["u_policy"]
+    like_q = copy(data)
     like_q.transitions = data.transitions._replace(reward=data.transitions.reward + added)
     text = q_health(metrics, like_q, args.gamma, f"Raise {knob}.", f"Lower {knob}.")
-    return f"with the entropy bonus and the penalty, {text}"
+    return f"with the entropy bonus and a penalty of {penalty:g} u, {text}"
 
 
 # ---- The report on the model, printed before the policy is trained ----
@@ -538,17 +530,14 @@ def growth(model, data, held_out, h):
     start = start[data.episode[start] == data.episode[start + h - 1]]
     scale = data.transitions.obs.std(0).clamp(min=1e-6)  # 0 for a constant
     obs = first = data.transitions.obs[start].expand(model.members, -1, -1)
-    own, none = [], []
+    table = {f"RMS error 1 to {h} steps ahead, in std of obs": [], "  of predicting no change": []}
     for k in range(h if len(start) else 0):
         batch = data.batch(start + k)
         obs = obs + model(obs, batch.action.expand(model.members, -1, -1))[0][..., :-1]
-        for errors, s in ((own, obs), (none, first)):
+        for errors, s in zip(table.values(), (obs, first), strict=True):
             miss = ((s - batch.next_obs) / scale)[model.elites]
             errors.append(miss.square().mean().sqrt())
-    return {
-        f"RMS error 1 to {h} steps ahead, in std of obs": own,
-        "  of predicting no change": none,
-    }
+    return table
 
 
 def found_terminals(model, batch):

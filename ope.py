@@ -9,7 +9,7 @@ Importance sampling reweights the logged returns: right on average, but its vari
 exponentially with the horizon. Fitted Q evaluation (FQE) and a learned model extrapolate: stable,
 but biased. Doubly robust estimates combine both. A verdict by stated rules (`verdict`) says which
 number can be believed, and whether the policy is better than the logged one. The intervals of IS,
-PDIS, RIS, MAGIC, the model, and without logged probabilities WIS and PDWIS, are marked: not 95%.
+PDIS, RIS, MAGIC, the model, and where pi_b is estimated WIS and PDWIS, are marked: not 95%.
 
   python ope.py                                   CartPole: about 39.0 where the logs earned 33.2
   python ope.py --run runs/bc__... --run runs/cql__... --verify    trained policies, with the truth
@@ -229,8 +229,8 @@ def doubly_robust(p, reward, ratio, q, v, gamma, weighted=False):
 
 
 def magic(p, reward, ratio, q, v, gamma, steps=None):
-    """(8): trusts Q up to the step that the data can correct. `steps`: the j to choose from; (-1,)
-    is the direct method, (T - 1,) is (7)."""
+    """(8): corrects Q up to the step that the data can, and trusts it beyond. `steps`: the j to
+    choose from; (-1,) is the direct method, (T - 1,) is (7)."""
     if p.ndim == 2:
         return np.array([magic(row, reward, ratio, q, v, gamma, steps) for row in p])
     n, T = reward.shape
@@ -308,10 +308,9 @@ def fqe(log, policy, seen, args):
     size = 10_000 // next_weight.shape[1] + 1  # of the rows at once, as each has K actions
     with torch.no_grad():
         q = chunked(lambda *x: critic(*x).T, log.obs, log.action, h, size=size)
-        support = policy.support(log.obs)
-        v = chunked(lambda *x: critic.value(*x).T, log.obs, *support, h, size=size)
-    q, v, unseen = q.double(), v.double(), ~seen[log.episode]
-    by_pair = [(x * unseen).unflatten(1, (-1, 2)).sum(2).T.cpu().numpy() for x in (q, v)]
+        v = chunked(lambda *x: critic.value(*x).T, log.obs, *policy.support(log.obs), h, size=size)
+    q, v, unseen = q.double(), v.double(), ~seen[log.episode]  # by one member of each pair
+    by_pair = [x[unseen].view(len(x), -1).T.cpu().numpy() for x in (q, v)]
     q_pairs, v_pairs = (np.stack([log.padded(row) for row in x]) for x in by_pair)
     return q_pairs, np.pad(v_pairs, ((0, 0), (0, 0), (0, 1))), v[log.first].cpu().numpy()
 
@@ -446,17 +445,16 @@ def weight_summary(ratio):
 def weight_problem(weights):
     """Why ratios say nothing, or "" (rule 2 of `verdict`)."""
     ess, mean, largest = weights.sizes[-1], weights.mean, weights.largest
-    followed, enough = ((weights.sizes >= size).sum() for size in (1e-9, 50))
+    followed, some, enough = ((weights.sizes >= size).sum() for size in (1e-9, 10, 50))
     if not ess:
         problem = f"no overlap: no logged episode follows the policy for more than {followed} steps"
-        enough = followed
     elif mean > 10 or abs(mean - 1) > 3 * weights.error + 1e-3:
         return f"weights average {mean:.2g}, not 1: logs lack what it does, or pi_b is wrong"
     elif ess >= 10 and largest <= 0.5:
         return ""
     else:
         problem = f"effective sample size {ess:.1f}, the largest weight {largest:.0%} of their sum"
-    return f"{problem}; try --horizon {enough}" if enough else problem
+    return f"{problem}; try --horizon {enough or some}" if some else problem
 
 
 def student_t_bound(x):
@@ -503,16 +501,16 @@ def lower_bounds(log, ratio, problem):
 
 
 def verdict(report):
-    """One line, by these rules. PDWIS, WDR and FQE have a vote each; two agree if their 95%
-    intervals overlap.
+    """One line, by these rules. PDWIS, WDR and FQE have a vote each, without ratios FQE and the
+    model; two agree if their 95% intervals overlap.
       1. If it was trained on these episodes, no estimate counts.
       2. Ratios say nothing if there are none, if no episode follows the policy, if the mean weight
          is above 10 or more than 3 standard errors from 1, if the effective sample size is below 10
          or one episode has above half of the weight.
       3. FQE and the model have no vote if they miss what the logged policy earned by more than 2%
          and 3 standard errors together.
-      4. Without ratios at best a hint: if FQE has a vote, and the model's value is in its interval,
-         or at most a tenth of the std of the logged returns outside.
+      4. Without ratios at best a hint: if both have a vote, and the model's value is in the
+         interval of FQE, or at most a tenth of the std of the logged returns outside.
       5. PDWIS, WDR and FQE agree: believe WDR, with care if the effective sample size is below 50.
       6. PDWIS and WDR agree, it is at least 50, FQE differs or has no vote: believe WDR with care.
       7. Otherwise nothing.
@@ -539,8 +537,8 @@ def verdict(report):
         if max(e[a].low, e[b].low) > min(e[a].high, e[b].high)
     ]
     ess, all_agree = report.weights.sizes[-1], "FQE" in votes and not apart
-    found = "; ".join([*lost, *apart]) or "PDWIS, WDR and FQE agree"
-    found = f"{found}; effective sample size {ess:.0f} of {log.n}"
+    found = [*lost, *apart, *["PDWIS, WDR and FQE agree"] * all_agree]
+    found = f"{'; '.join(found)}; effective sample size {ess:.0f} of {log.n}"
     if "PDWIS and WDR disagree" in apart or not (ess >= 50 or all_agree):
         return f"{found}: believe none of these"
     care = "" if ess >= 50 and all_agree else " with care"
@@ -581,9 +579,9 @@ class Log:
         require(self.n > 1, "at least two episodes are needed")
         rng, p = np.random.default_rng(args.seed), np.full(self.n, 1 / self.n)
         self.resamples = rng.multinomial(self.n, p, args.resamples) / self.n  # (B, n)
-        halves = [torch.randperm(self.n) % 2 == 0 for _ in range(4)]
-        seen = [x for half in halves for x in (half, ~half)]
-        self.seen = torch.stack(seen, 1).to(self.step.device)  # by each member of FQE (n, E)
+        half = torch.stack([torch.randperm(self.n) % 2 == 0 for _ in range(4)], 1)  # (n, 4)
+        seen = torch.stack([half, ~half], 2).flatten(1)  # by each member of FQE (n, E)
+        self.seen = seen.to(self.step.device)
         self.behavior, self.estimated_log_pi_b = fit_behavior(self, args)
         self.log_pi_b = self.known_log_prob(data.behavior_log_prob)
         self.model_returns = fit_model(self, args)
@@ -966,7 +964,8 @@ def print_report(report):
     print(f"the logged policy earned {log.returns.mean():.4g}; difference to that: {gains}")
     if report.bounds and not report.seen:
         bounds = ", ".join(f"{x:.4g} ({name})" for name, x in report.bounds.items())
-        print(f"with 95% confidence at least {bounds}")
+        if_right = ", if the estimated pi_b is right," if log.estimated else ""
+        print(f"with 95% confidence{if_right} at least {bounds}")
     for note in log.notes:
         print(f"note: {note}")
     if log.args.run and log.args.policy_mode == "stochastic":

@@ -78,8 +78,8 @@ DATASETS = tuple(
 )
 COLUMNS = (
     "method dataset seed return_mean return_std score data_return_mean steady steps seconds "
-    "command date torch numpy"
-).split()
+    "command date torch numpy cpu"
+).split()  # cpu: the instructions that torch uses, which decide how the built-in data are rounded
 HUB = [  # the MuJoCo table: dataset ids of each cell, and the flags of each method
     [f"mujoco/{env}/{quality}-v0" for quality in cell]
     for env in ("hopper", "halfcheetah", "walker2d")
@@ -171,6 +171,7 @@ def run(method, dataset, seed, folder):
         "command": f"python {name}.py {flags}",
         "date": str(date.today()),
         **{package: version(package) for package in ("torch", "numpy")},
+        "cpu": module.torch.backends.cpu.get_cpu_capability(),
     }
 
 

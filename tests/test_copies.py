@@ -50,7 +50,7 @@ def own(file):
     return OWN | (OWN_OF_OPE if file == "ope.py" else set())
 
 
-@pytest.mark.parametrize("one, other", combinations(FILES, 2))
+@pytest.mark.parametrize("one, other", list(combinations(FILES, 2)))
 def test_definitions_of_the_same_name_are_the_same_text(one, other):
     first, second = definitions(one), definitions(other)
     shared = (set(first) & set(second)) - own(one) - own(other)

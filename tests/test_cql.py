@@ -434,8 +434,6 @@ def test_the_density_is_that_of_torch_distributions():
     mean, std = torch.randn(50, 2).double(), torch.rand(50, 2).double() + 0.2
     pi = TanhNormal(mean, std)
     reference = Independent(Transformed(Normal(mean, std), [TanhTransform()]), 1)
-    action = torch.rand(50, 2).double() * 1.98 - 0.99
-    assert torch.allclose(pi.log_prob(action), reference.log_prob(action), atol=1e-6)
     action, log_prob = pi.sample_and_log_prob((4000,))
     assert torch.allclose(
         log_prob, reference.log_prob(action.clamp(-1 + 1e-15, 1 - 1e-15)), atol=1e-3
@@ -449,7 +447,6 @@ def test_the_density_is_finite_at_the_bounds():
     pi = TanhNormal(torch.tensor([[30.0], [-30.0]]), torch.ones(2, 1))
     action, log_prob = pi.sample_and_log_prob()
     assert action.tolist() == [[1.0], [-1.0]] and log_prob.isfinite().all()
-    assert TanhNormal(torch.zeros(2, 1), torch.ones(2, 1)).log_prob(action).isfinite().all()
 
 
 # ---- Flags and health ----

@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from torch.distributions import Normal
+from torch.distributions import Independent, Normal, TanhTransform
+from torch.distributions import TransformedDistribution as Transformed
 
 import ope
 from ope import (
@@ -624,8 +625,11 @@ def test_the_laws_of_trained_policies_agree_with_their_own_densities():
     for module, net in ((bc, bc.GaussianPolicy), (cql, cql.TanhGaussian)):
         agent = SimpleNamespace(policy=net(units, (8,)))
         target = ope.run_policy("x", SimpleNamespace(agent=agent, units=units), Args(), seen=False)
+        density = agent.policy(obs)
+        if module is cql:
+            density = Independent(Transformed(density.normal, [TanhTransform()]), 1)
         ours = target.log_prob(obs, inside)
-        np.testing.assert_allclose(ours, agent.policy(obs).log_prob(inside).detach(), rtol=1e-4)
+        np.testing.assert_allclose(ours, density.log_prob(inside).detach(), rtol=1e-4)
         same = ope.run_policy("y", SimpleNamespace(agent=agent, units=units), Args(), seen=False)
         assert (target.log_prob(obs, bounds) == same.log_prob(obs, bounds)).all()
         assert np.isfinite(target.log_prob(obs, bounds)).all() and module
@@ -1024,6 +1028,9 @@ def test_verdict():
     assert "PDWIS and WDR disagree" in verdict(report(pdwis=(5, 6)))
     assert "believe none of these" in verdict(report(pdwis=(5, 6)))
     assert "believe WDR, 1 to 2" in verdict(report(model=9))  # heard, but has no vote
+    assert verdict(report(errors={"model": 2.0})).startswith(
+        "model misses the logged policy by +2: no vote; PDWIS, WDR and FQE agree; effective"
+    )
     missed = verdict(report(errors={"FQE": -0.4}))
     assert "FQE misses the logged policy by -0.4: no vote" in missed
     assert "believe WDR with care" in missed
@@ -1058,10 +1065,10 @@ def test_what_makes_ratios_useless():
         "effective sample size 3.0, the largest weight 10% of their sum; try --horizon 2"
     )
     assert "the largest weight 60%" in problem(summary(largest=0.6))
-    none = problem(summary(sizes=(5.0, 2.0, 0.0, 0.0)))
-    assert none == (
-        "no overlap: no logged episode follows the policy for more than 2 steps; try --horizon 2"
-    )
+    none = "no overlap: no logged episode follows the policy for more than 2 steps"
+    assert problem(summary(sizes=(5.0, 2.0, 0.0, 0.0))) == none  # a horizon of 2 says nothing, too
+    assert problem(summary(sizes=(30.0, 20.0, 0.0, 0.0))) == f"{none}; try --horizon 2"
+    assert problem(summary(sizes=(60.0, 20.0, 0.0, 0.0))) == f"{none}; try --horizon 1"
 
 
 def test_rank_correlation_and_regret():
@@ -1164,7 +1171,7 @@ def test_a_run_on_a_part_is_judged_by_the_rest(runs, capsys):
     (one,) = ope.main(Args(run=(runs["bc_cartpole"],), horizon=5, **QUICK)).values()
     text = capsys.readouterr().out
     assert "judged on cartpole/random-v0[80%:100%]" in text and not one.seen
-    assert "with 95% confidence at least" in text
+    assert "with 95% confidence at least" in text  # pi_b stands in the logs
     assert "judged is the policy that draws its actions" in text
     assert 0.5 < one.weights.mean < 2 and one.log.n < 250
     (one,) = ope.main(Args(run=(runs["cql_cartpole"],), horizon=5, **QUICK)).values()
@@ -1203,6 +1210,7 @@ def test_box_runs_in_both_modes(runs, capsys):
                 assert one.weights.sizes[0] > 5
     text = capsys.readouterr().out
     assert "behaviour policy estimated from the data for 100% of the steps" in text
+    assert "with 95% confidence, if the estimated pi_b is right, at least" in text
 
 
 POLICIES = """
