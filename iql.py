@@ -422,7 +422,7 @@ class Units(nn.Module):
 
     def obs(self, obs):
         """(N, ...) -> (N, O), standardised. Dict and Tuple as rows of gymnasium.spaces.flatten."""
-        with blaming("observations"):
+        with blaming("observations (Dict, Tuple, Discrete: rows of gymnasium.spaces.flatten)"):
             obs = self.tensor(obs)
         good = obs.ndim > 1 and obs.numel() == len(obs) * self.obs_dim > 0
         require(good, f"observations {tuple(obs.shape)} are not (N, {self.obs_dim}) numbers")
@@ -510,8 +510,9 @@ def open_dataset(dataset_id):
     folder = root / dataset_id / "data"
     if not folder.exists():
         if dataset_id.startswith(("pendulum/", "cartpole/")):
+            source = builtin_dataset(dataset_id)
             print(f"{dataset_id}: built in")
-            return builtin_dataset(dataset_id)
+            return source
         versioned = re.search(r"-v\d+$", dataset_id)
         require(versioned, f"the id needs a version, as in {dataset_id}-v0")
         others = sorted(str(x.parent.relative_to(root)) for x in root.glob("**/data"))
@@ -566,7 +567,7 @@ def read_episode(episode, observation_space, action_space):
     ended, last = (terminal != 0) | (truncated != 0), np.arange(T) == T - 1
     for ok, problem in (
         (np.isfinite(obs), "the observation is NaN or infinite"),
-        (np.abs(reward) < 1e30, "the reward is NaN, infinite or beyond 1e30"),
+        (np.abs(reward.astype(np.float64)) < 1e30, "the reward is NaN, infinite or beyond 1e30"),
         (inside, f"the action is not in {action_space}"),
         (np.isin(terminal, (0, 1)) & np.isin(truncated, (0, 1)), "the end flags must be 0 or 1"),
         (ended | ~last, "the end is neither terminated nor truncated; set truncations[-1] = True"),
@@ -580,6 +581,8 @@ def read_episode(episode, observation_space, action_space):
 def split_id(name):
     """mylab/logs-v0[:80%] -> the id, and where the part begins and ends, in % of the episodes."""
     part = re.fullmatch(r"(.*?)(?:\[(?:(\d+)%)?:(?:(\d+)%)?\])?", name)
+    plain = re.fullmatch(r"([^./][^/]*/)*[^./][^/]*", part[1])  # so that no dataset has two names
+    require(plain, "an id is needed, as in mylab/logs-v0, not a path")
     first, last = int(part[2] or 0), int(part[3] or 100)
     good = "[" not in part[1] and first < last <= 100
     require(good, "a part is written in whole percent, as [:80%] or [80%:]")
@@ -620,8 +623,10 @@ class Dataset:
         with blaming(f"--device {device}"):
             units = self.units.to(device)
             if normalize_obs:
-                units.obs_mean = units.tensor(s.mean(0, dtype=np.float64))
-                units.obs_std = units.tensor(s.std(0, dtype=np.float64) + 1e-3)
+                mean, std = s.mean(0, dtype=np.float64), s.std(0, dtype=np.float64)
+                units.obs_mean, units.obs_std = units.tensor(mean), units.tensor(std + 1e-3)
+                for i in np.flatnonzero((1e-6 * abs(mean) < std) & (std < 1e-3)):
+                    print(f"observation {i} varies by only {std[i]:.2g}: use smaller units for it")
             r, d = units.tensor(r * reward_scale + reward_shift), units.tensor(d)
             self.transitions = Batch(units.obs(s), units.action(a), r, units.obs(next_s), d)
             lengths = torch.tensor([len(r) for r in reward], device=device)
@@ -718,14 +723,17 @@ def q_health(metrics, data, gamma, if_high, if_low):
     the discounted returns in the data and all that their rewards make possible."""
     q_data, q_policy, reward = metrics["q_data"], metrics["q_policy"], data.transitions.reward
     t = torch.arange(len(reward)).to(data.episode) - torch.searchsorted(data.episode, data.episode)
-    mean = (reward * (1 - gamma ** (t + 1))).mean() / (1 - gamma)  # r_t is in t + 1 of the returns
+    weight = (1 - gamma ** (t + 1)) / (1 - gamma)  # r_t is in t + 1 of the returns
+    mean, size = (reward * weight).mean(), (reward.abs() * weight).mean()
     cut = data.transitions.terminal.sum() <= data.episode[-1]  # episodes that might have gone on
     steps = (1 - (0 if cut else gamma ** (t.max().item() + 1))) / (1 - gamma)  # discounted
     low, high = reward.min().clamp(max=0).item() * steps, reward.max().clamp(min=0).item() * steps
     line = f"Q(s, pi(s)) = {q_policy:.4g}, Q on the data {q_data:.4g}, where discounted returns "
     line += f"average {mean:.4g}; possible are {low:.4g} to {high:.4g}"
     slack = 0.01 * (high - low)  # of an approximation that is as good as it gets
-    if mean and not 1e-3 < abs(mean) < 1e4:
+    if not size:
+        return f"{line}: all rewards are 0, nothing can be learned"
+    if not 1e-3 < size < 1e4:
         line += "; --reward-scale should bring these returns to about 1 to 1000"
     if max(q_data, q_policy) > high + slack:
         return f"{line}: the critic extrapolates. {if_high}"
@@ -766,7 +774,7 @@ LIMITS = {  # of flags, so that none is NaN; of others: counts 1 to 10^9, number
 
 def start(args):
     """Checked flags and None, or those of --resume and its checkpoint. Seeds torch."""
-    state = read_checkpoint(args.resume) if args.resume else None
+    state = None if args.resume is None else read_checkpoint(args.resume)
     if state:
         alone = args == Args(resume=args.resume)
         require(alone, "--resume takes all flags from the run: give no other one beside it")
@@ -782,8 +790,11 @@ def start(args):
             require(given, "one or more values are needed, as a tuple")
             for x in value if many else (value,):
                 require(kind is not int or type(x) is int, "a whole number is needed")
+                require(kind is not bool or type(x) is bool, "True or False is needed")
+                plain = type(x).__module__ == "builtins"  # a checkpoint takes no others
+                require(plain, f"a {type(x).__name__} cannot be saved; str, int or float can")
                 number = isinstance(x, int | float) or (kind is float and x != "return-range")
-                require(not number or low <= x <= high, f"it must lie in {low:g} to {high:g}")
+                require(not number or low <= x <= high, f"it must lie in {low:,} to {high:,}")
     use_cpu_well()
     torch.manual_seed(args.seed)
     return args, state
@@ -937,7 +948,7 @@ def command_line():
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
-        alone = not args.resume or len(sys.argv) < 4  # a flag at its default is one, too
+        alone = args.resume is None or len(sys.argv) < 4  # a flag at its default is one, too
         require(alone, "--resume takes all flags from the run: give no other one beside it")
         main(args)
     except UserError as error:

@@ -119,6 +119,7 @@ def main(args: Args) -> dict:
     if args.run or args.policy:
         data, policies = load(args)
     else:
+        require(not args.dataset_id, "--dataset-id needs --run or --policy, which it is to judge")
         print("built-in example: 1000 episodes of CartPole by a controller that often acts at "
               "random, gain 5; what would it earn with gain 12?")  # fmt: skip
         args = replace(args, verify=True, horizon=args.horizon or 50)
@@ -167,7 +168,8 @@ def evaluate_policy(policy, log, args):
             fitted = DOUBTS["RIS"] if log.estimated and name in ("WIS", "PDWIS") else ""
             doubt = report.problem or DOUBTS.get(name, fitted)
             report.estimates[name] = estimate._replace(doubt=doubt)
-        report.bounds = lower_bounds(log, ratio, report.problem)
+        if report.weights.mean - 1 < 3 * report.weights.error + 1e-3:  # else pi_b is wrong
+            report.bounds = lower_bounds(log, ratio, report.problem)
     report.estimates["FQE"] = fqe_estimate(members, log)
     estimate = bootstrap(lambda p: p @ model_returns, log)
     report.estimates["model"] = estimate._replace(doubt=DOUBTS["model"])
@@ -488,7 +490,7 @@ def lower_bounds(log, ratio, problem):
         hcope = f"HCOPE, if no reward is below {logged:.4g}, the lowest logged one"
     require(lowest <= logged, f"--lowest-reward {lowest}: the logs have {logged:.4g}")
     lowest = min(0.0, lowest)  # 0 is what is earned after the end
-    with np.errstate(invalid="ignore"):  # weights that overflow
+    with np.errstate(over="ignore", invalid="ignore"):  # weights that overflow
         x = (step_weights(ratio) * (log.reward - lowest)) @ log.discounts
     shift = lowest * log.discounts.sum()
     bounds = {} if problem else {"PDIS, Student's t": student_t_bound(x) + shift}
@@ -832,6 +834,8 @@ def load(args):
     which = "the runs have different ones" if runs else "--policy has none of its own"
     require(args.dataset_id or len(rests) == 1, f"--dataset-id is needed: {which}")
     ids = args.dataset_id or rests.pop()
+    twice = [x for x, y in combinations(ids, 2) if overlap([x], [y])]
+    require(not twice, f"--dataset-id {' '.join(ids)}: episodes would count twice")
     print(f"judged on {' '.join(ids)}")
     data, policies = Dataset(ids, device=args.device), []
     for folder, (policy, its, _) in runs.items():
@@ -904,12 +908,13 @@ def known_steps(length, terminated, horizon):
     truncated one nobody knows, so that none may be shorter than T."""
     cut, notes = np.where(terminated, length.max() + 1, length), []
     known = min(cut.min(), length.max())
-    T, episode, longer = horizon or known, cut.argmin(), min([*sorted(cut)[1:2], length.max()])
+    T, episode, count = horizon or known, cut.argmin(), (cut == known).sum()
     where = f"episode {episode} was truncated after {known} steps"
     unknown = f"--horizon {horizon}: {where}, its rest is unknown; --horizon {known} at most"
     require(terminated.all() or T <= known, unknown)
-    if not horizon and longer > known:
-        notes.append(f"T = {T}, as {where}; without it, T would be {longer}")
+    if not horizon and length.max() > known:
+        longer = min([*cut[cut > known], length.max()])
+        notes.append(f"T = {T}, as {where} ({count} are so short); without, T would be {longer}")
     if terminated.all() and (length == length[0]).all() and T > 1:
         notes.append(f"all episodes terminate after exactly {known} steps: if that is a time limit "
                      "log truncations, or FQE and the model are wrong")  # fmt: skip
@@ -945,12 +950,12 @@ def print_report(report):
     doubts = {}
     for name, e in report.estimates.items():
         error = f"{e.value - truth[0]:+9.3g}" if truth else ""
-        row = f"{e.value:9.4g}   {e.low:9.4g} .. {e.high:<9.4g} {'*' * bool(e.doubt):1} {error}"
+        row = f"{e.value:10.4g}  {e.low:10.4g} .. {e.high:<10.4g} {'*' * bool(e.doubt):1} {error}"
         overflow = not np.isfinite(e.low + e.high)
         print(f"{name:9s} {'        -   the weights overflow' if overflow else row}")
         doubts[e.doubt] = [*doubts.get(e.doubt, ()), name]
     if truth:
-        print(f"{'truth':9s} {truth[0]:9.4g}   +- {truth[1]:.2g} (standard error)")
+        print(f"{'truth':9s} {truth[0]:10.4g}  +- {truth[1]:.2g} (standard error)")
     doubts.pop("", None)
     for doubt, names in doubts.items():
         print(f"* no 95% interval ({', '.join(names)}): {doubt}")
@@ -969,7 +974,7 @@ def print_report(report):
     for note in log.notes:
         print(f"note: {note}")
     if log.args.run and log.args.policy_mode == "stochastic":
-        print("note: judged is the policy that draws its actions; the training files report the "
+        print("note: a policy that draws its actions is judged so; the training files report the "
               "deterministic one")  # fmt: skip
     print(f"verdict: {verdict(report)}")
 
@@ -985,7 +990,7 @@ def print_ranking(reports):
     print(f"\nranking by {by}" + ("" if believed else ", a hint, no more"))
     for report in sorted(reports, key=lambda r: -r.estimates[by].value):
         e = report.estimates[by]
-        print(f"{e.value:9.4g}   {e.low:9.4g} .. {e.high:<9.4g}  {report.name}")
+        print(f"{e.value:10.4g}  {e.low:10.4g} .. {e.high:<10.4g}  {report.name}")
 
 
 def train(net, loss, rows, args, held_out=None):
@@ -1056,7 +1061,7 @@ def check_args(args):
             for x in value if name == "hidden" else (value,):
                 if x is not None or name not in ("horizon", "lowest_reward"):
                     require(type(x) in kinds, "a number is needed, a whole one if it counts")
-                    require(low <= x <= high, f"it must lie in {low:g} to {high:g}")
+                    require(low <= x <= high, f"it must lie in {low:,} to {high:,}")
 
 
 def command_line():
@@ -1186,7 +1191,7 @@ class Units(nn.Module):
 
     def obs(self, obs):
         """(N, ...) -> (N, O), standardised. Dict and Tuple as rows of gymnasium.spaces.flatten."""
-        with blaming("observations"):
+        with blaming("observations (Dict, Tuple, Discrete: rows of gymnasium.spaces.flatten)"):
             obs = self.tensor(obs)
         good = obs.ndim > 1 and obs.numel() == len(obs) * self.obs_dim > 0
         require(good, f"observations {tuple(obs.shape)} are not (N, {self.obs_dim}) numbers")
@@ -1261,8 +1266,9 @@ def open_dataset(dataset_id):
     folder = root / dataset_id / "data"
     if not folder.exists():
         if dataset_id.startswith(("pendulum/", "cartpole/")):
+            source = builtin_dataset(dataset_id)
             print(f"{dataset_id}: built in")
-            return builtin_dataset(dataset_id)
+            return source
         versioned = re.search(r"-v\d+$", dataset_id)
         require(versioned, f"the id needs a version, as in {dataset_id}-v0")
         others = sorted(str(x.parent.relative_to(root)) for x in root.glob("**/data"))
@@ -1317,7 +1323,7 @@ def read_episode(episode, observation_space, action_space):
     ended, last = (terminal != 0) | (truncated != 0), np.arange(T) == T - 1
     for ok, problem in (
         (np.isfinite(obs), "the observation is NaN or infinite"),
-        (np.abs(reward) < 1e30, "the reward is NaN, infinite or beyond 1e30"),
+        (np.abs(reward.astype(np.float64)) < 1e30, "the reward is NaN, infinite or beyond 1e30"),
         (inside, f"the action is not in {action_space}"),
         (np.isin(terminal, (0, 1)) & np.isin(truncated, (0, 1)), "the end flags must be 0 or 1"),
         (ended | ~last, "the end is neither terminated nor truncated; set truncations[-1] = True"),
@@ -1331,6 +1337,8 @@ def read_episode(episode, observation_space, action_space):
 def split_id(name):
     """mylab/logs-v0[:80%] -> the id, and where the part begins and ends, in % of the episodes."""
     part = re.fullmatch(r"(.*?)(?:\[(?:(\d+)%)?:(?:(\d+)%)?\])?", name)
+    plain = re.fullmatch(r"([^./][^/]*/)*[^./][^/]*", part[1])  # so that no dataset has two names
+    require(plain, "an id is needed, as in mylab/logs-v0, not a path")
     first, last = int(part[2] or 0), int(part[3] or 100)
     good = "[" not in part[1] and first < last <= 100
     require(good, "a part is written in whole percent, as [:80%] or [80%:]")
@@ -1371,8 +1379,10 @@ class Dataset:
         with blaming(f"--device {device}"):
             units = self.units.to(device)
             if normalize_obs:
-                units.obs_mean = units.tensor(s.mean(0, dtype=np.float64))
-                units.obs_std = units.tensor(s.std(0, dtype=np.float64) + 1e-3)
+                mean, std = s.mean(0, dtype=np.float64), s.std(0, dtype=np.float64)
+                units.obs_mean, units.obs_std = units.tensor(mean), units.tensor(std + 1e-3)
+                for i in np.flatnonzero((1e-6 * abs(mean) < std) & (std < 1e-3)):
+                    print(f"observation {i} varies by only {std[i]:.2g}: use smaller units for it")
             r, d = units.tensor(r * reward_scale + reward_shift), units.tensor(d)
             self.transitions = Batch(units.obs(s), units.action(a), r, units.obs(next_s), d)
             lengths = torch.tensor([len(r) for r in reward], device=device)

@@ -676,6 +676,26 @@ def test_normalize_obs_standardises_by_the_statistics_of_the_data():
     assert plain.units.obs_mean.tolist() == [0] * 3 and plain.units.obs_std.tolist() == [1] * 3
 
 
+def test_normalize_obs_warns_of_a_column_that_it_hides(capsys):
+    """Its deviation is far below the 1e-3 that is added; constants, but for rounding, are not."""
+    columns = np.random.default_rng(0).normal([5, 0, 1e6], [0.1, 2e-6, 1e-9], (11, 3))
+    name = store([episode(10, observations=columns)], spaces.Box(-1e7, 1e7, (3,), np.float64))
+    for normalize_obs in (True, False):
+        load(name, normalize_obs=normalize_obs)
+        text = capsys.readouterr().out
+        assert ("observation 1 varies by only" in text) == normalize_obs
+        assert text.count("varies by only") == normalize_obs
+
+
+@pytest.mark.parametrize(
+    "path", ["lab/a-v0/", "/lab/a-v0", "../lab/a-v0", "lab//a-v0", "./a-v0", ""]
+)
+def test_an_id_has_one_spelling(path):
+    """Or ope.py would not see that a run was trained on what it is judged by."""
+    with refused("an id is needed, as in mylab/logs-v0, not a path"):
+        load(f"{path}[:80%]")
+
+
 def test_reward_scale_and_shift_change_the_training_only(capsys):
     data = load_stored([episode(3), episode(1)], reward_scale=10.0, reward_shift=-0.5)
     assert data.transitions.reward.tolist() == [9.5, 19.5, 29.5, 9.5]  # scaled first, then shifted

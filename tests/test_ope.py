@@ -944,15 +944,25 @@ def test_the_horizon_stops_where_a_truncated_episode_does():
     length, ends = np.array([5, 9, 7]), np.array([True, False, False])
     T, notes = ope.known_steps(length, ends, None)
     assert T == 7
-    assert notes == ["T = 7, as episode 2 was truncated after 7 steps; without it, T would be 9"]
+    assert notes == [
+        "T = 7, as episode 2 was truncated after 7 steps (1 are so short); without, T would be 9"
+    ]
     assert ope.known_steps(length, ends, 6) == (6, [])
     assert ope.known_steps(length, np.array([True] * 3), None) == (9, [])
     assert ope.known_steps(length, np.array([True] * 3), 20)[0] == 20
     assert ope.known_steps(np.array([4, 4]), np.array([False, False]), None) == (4, [])
     with pytest.raises(UserError, match="--horizon 8: episode 2 was truncated after 7 steps"):
         ope.known_steps(length, ends, 8)
-    cut = ope.known_steps(np.array([50, 1, 50]), np.array([False] * 3), None)
-    assert cut[0] == 1 and "without it, T would be 50" in cut[1][0]
+    T, (note,) = ope.known_steps(np.array([50, 1, 50]), np.array([False] * 3), None)
+    assert T == 1 and note.endswith(
+        "truncated after 1 steps (1 are so short); without, T would be 50"
+    )
+    T, (note,) = ope.known_steps(np.array([1, 30, 1, 1, 50]), np.array([False] * 5), None)
+    assert note.endswith(
+        "episode 0 was truncated after 1 steps (3 are so short); without, T would be 30"
+    )
+    T, (note,) = ope.known_steps(np.array([3, 9]), np.array([False, True]), None)
+    assert T == 3 and note.endswith("without, T would be 9")
 
 
 def test_arrays_of_a_log(monkeypatch):
@@ -1172,7 +1182,7 @@ def test_a_run_on_a_part_is_judged_by_the_rest(runs, capsys):
     text = capsys.readouterr().out
     assert "judged on cartpole/random-v0[80%:100%]" in text and not one.seen
     assert "with 95% confidence at least" in text  # pi_b stands in the logs
-    assert "judged is the policy that draws its actions" in text
+    assert "a policy that draws its actions is judged so" in text
     assert 0.5 < one.weights.mean < 2 and one.log.n < 250
     (one,) = ope.main(Args(run=(runs["cql_cartpole"],), horizon=5, **QUICK)).values()
     text = capsys.readouterr().out
@@ -1375,6 +1385,14 @@ def test_wrong_use_gets_one_clear_line(policies, runs, tmp_path):
         ({"policy": ("nothing.py:f",), **cartpole}, "there is no Python file nothing.py"),
         ({"policy": (policies + "good",)}, "--dataset-id is needed: --policy has none"),
         ({"policy": (policies + "good",) * 2, **cartpole}, "given twice"),
+        ({"dataset_id": ("cartpole/random-v0",)}, "--dataset-id needs --run or --policy"),
+        (
+            {
+                "policy": (policies + "good",),
+                "dataset_id": ("cartpole/random-v0[:80%]", "cartpole/random-v0[79%:]"),
+            },
+            "episodes would count twice",
+        ),
         ({"run": (runs["cql_cartpole"], runs["cql_pendulum"])}, "the runs have different ones"),
         ({"run": (str(tmp_path),)}, "not the folder of a training run"),
         ({"run": (runs["cql_pendulum"],), **cartpole}, "its spaces are not those of the data"),
@@ -1386,7 +1404,7 @@ def test_wrong_use_gets_one_clear_line(policies, runs, tmp_path):
         ({"seed": -1}, "--seed -1: it must lie in 0 to"),
         ({"lr": 0.0}, "--lr 0.0"),
         ({"horizon": 0}, "--horizon 0"),
-        ({"horizon": 10**6}, "--horizon 1000000: it must lie in 1 to 100000"),
+        ({"horizon": 10**6}, "--horizon 1000000: it must lie in 1 to 100,000"),
         ({"steps": 1.5}, "--steps 1.5: a number is needed"),
         ({"hidden": 8}, "--hidden 8: TypeError"),
         ({"gamma": "1"}, "--gamma 1: a number is needed"),
@@ -1432,14 +1450,18 @@ def test_which_intervals_are_marked(monkeypatch):
     mdp, args = MDP(3, ends=False), Args(**QUICK)
     data = tabular_data(mdp, 60)
     known = data.behavior_log_prob
-    for logged, also in ((known, set()), (known * np.nan, {"WIS", "PDWIS"})):
+    fitted, wrong = known * np.nan, known - 1  # bounds need weights that do not average too much
+    for logged, also in ((known, set()), (fitted, {"WIS", "PDWIS"}), (wrong, None)):
         data.behavior_log_prob = logged
         log = quick_log(data, args, monkeypatch)
-        log.log_pi_b = log.estimated_log_pi_b = known
+        log.log_pi_b = log.estimated_log_pi_b = wrong if logged is wrong else known
         log.model_returns = lambda policy: np.zeros(60)
         one = ope.evaluate_policy(by_table(mdp.behavior, data.units, args), log, args)
         marked = {name for name, e in one.estimates.items() if e.doubt}
-        assert marked == {"IS", "PDIS", "RIS", "MAGIC", "model"} | also
+        if logged is wrong:
+            assert marked == {*one.estimates} - {"FQE"} and one.bounds == {}
+        else:
+            assert marked == {"IS", "PDIS", "RIS", "MAGIC", "model"} | also and len(one.bounds) == 2
 
 
 def test_weights_that_overflow_are_said_to(capsys):

@@ -769,7 +769,7 @@ def test_every_number_has_a_range_that_the_message_names(file):
             with refused(rf"^{flag} .*{value}", module(file).UserError) as caught:
                 check(Args(**given))
             text = str(caught.value)
-            range_ = f"it must lie in {low:g} to {high:g}"
+            range_ = f"it must lie in {low:,} to {high:,}"
             assert (
                 range_ in text
                 or (whole and "a whole number is needed" in text)
@@ -784,9 +784,26 @@ def test_every_number_has_a_range_that_the_message_names(file):
 
 
 @pytest.mark.parametrize("file", TRAINING)
+def test_what_a_checkpoint_would_not_take_is_refused_before_the_run(file, tmp_path):
+    """NumPy's numbers, for example of a logspace, are written and can never be loaded again."""
+    for flags, problem in (
+        ({"polyak": np.float64(1e-3), "lr": np.float64(1e-3)}, "a float64 cannot be saved"),
+        ({"out_dir": tmp_path}, "a PosixPath cannot be saved"),
+        ({"device": torch.device("cpu")}, "a device cannot be saved"),
+        ({"seed": np.int64(1)}, "a whole number is needed"),
+        ({"normalize_obs": "no"}, "True or False is needed"),
+        ({"normalize_obs": np.bool_(True)}, "True or False is needed"),
+    ):
+        flags = {k: v for k, v in flags.items() if has_flag(module(file), k)}
+        with refused(problem, module(file).UserError):
+            module(file).start(module(file).Args(**flags))
+
+
+@pytest.mark.parametrize("file", TRAINING)
 def test_the_command_line_prints_errors_as_one_line(file):
-    assert "--steps 0: it must lie in 1 to 1e+09" in exit_line(file, ["--steps", "0"])
+    assert "--steps 0: it must lie in 1 to 1,000,000,000" in exit_line(file, ["--steps", "0"])
     assert "pendulum/mixd-v0" in exit_line(file, ["--dataset-id", "pendulum/mixd-v0"])
+    assert "no readable checkpoint.pt" in exit_line(file, ["--resume", ""])  # an unset variable
 
 
 def test_two_runs_of_the_same_microsecond_do_not_mix(usual, tmp_path, monkeypatch):
@@ -1014,6 +1031,17 @@ def test_q_health_takes_the_mean_of_the_discounted_returns_and_the_longest_episo
         data = health_data(rewards, terminal, (3, 2))
         line = cql.q_health({"q_data": 1, "q_policy": 1}, data, gamma, "", "")
         assert f"average {np.mean(returns):.4g}; possible are 0 to {7 * steps:.4g}" in line
+
+
+def test_q_health_asks_for_another_scale_by_the_size_of_the_rewards():
+    """Not by their mean: a game that is won as often as lost has returns around 0."""
+    metrics, found = {"q_data": 0, "q_policy": 0}, []
+    for size in (9e3, 2e4, 1.1e-3, 9e-4):
+        data = health_data([size, -size], lengths=(1, 1))
+        found.append("--reward-scale" in cql.q_health(metrics, data, 0.5, "", ""))
+    assert found == [False, True, False, True]
+    line = cql.q_health(metrics | {"q_data": 1}, health_data([0.0, 0.0], lengths=(2,)), 0.5, "", "")
+    assert line.endswith("possible are 0 to 0: all rewards are 0, nothing can be learned")
 
 
 # ---- Copied out alone ----
