@@ -401,7 +401,8 @@ def interval(value, draws, df, spread=0.0):
     as much wider as Student's t is than the normal, and a variance over n - 1 than one over n."""
     if not np.isfinite(value):
         return value, np.nan, np.nan
-    low, high = np.nanquantile(draws, [0.025, 0.975])  # NaN: a resample without overlap
+    tails = [0.025, 0.975]  # of 999 draws the 25th and the 975th; NaN: a draw without overlap
+    low, high = np.nanquantile(draws, tails, method="weibull")
     df = min(max(1.0, df), 1e5)
     wider = t_quantile(0.975, df) / t_quantile(0.975, 1e5) * math.sqrt((df + 1) / df)
     below, above = (math.hypot(wider * max(0.0, x), spread) for x in (value - low, high - value))

@@ -42,8 +42,8 @@ import iql
 import ope
 
 GAINS = (8.0, 12.0, 2.5)
-CARTPOLE = ope.Args(horizon=50, resamples=400)
-TABLE = ope.Args(gamma=0.95, resamples=400)
+CARTPOLE = ope.Args(horizon=50)
+TABLE = ope.Args(gamma=0.95)
 SETTINGS = {
     "cartpole-100": (CARTPOLE, lambda seed: cartpole(100, seed)),
     "cartpole-1000": (CARTPOLE, lambda seed: cartpole(1000, seed)),
@@ -170,7 +170,7 @@ def ratios_alone(setting, seed, data, policies, truths):
     n, discounts = len(length), 0.99 ** np.arange(50)
     inside = np.arange(50) < length[:, None]
     rng, reward = np.random.default_rng(seed), inside * 1.0
-    resamples = rng.multinomial(n, np.full(n, 1 / n), 400) / n
+    resamples = rng.multinomial(n, np.full(n, 1 / n), 1000) / n
     log = SimpleNamespace(resamples=resamples, returns=reward @ discounts)
     for policy, truth in zip(policies, truths, strict=True):
         log_pi = policy.log_prob(data.transitions.obs, data.transitions.action)

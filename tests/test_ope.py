@@ -472,6 +472,8 @@ def test_intervals_are_wider_where_few_episodes_carry_the_weight():
     draws = np.linspace(-1, 3, 100_001)
     value, low, high = ope.interval(0.5, draws, np.inf)
     assert (value, low, high) == pytest.approx((0.5, -0.9, 2.9), abs=1e-3)
+    few = np.random.default_rng(0).permutation(np.arange(1.0, 200))  # the 5th lowest and highest
+    assert ope.interval(100.0, few, np.inf) == pytest.approx((100, 5, 195), abs=1e-3)
     value, low, high = ope.interval(0.5, draws, 5.0)
     wider = 2.5706 / 1.95996 * np.sqrt(6 / 5)
     assert (low, high) == pytest.approx((0.5 - wider * 1.4, 0.5 + wider * 2.4), abs=0.01)
