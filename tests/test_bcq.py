@@ -588,7 +588,7 @@ def test_continuous_metrics_by_hand():
     constant(agent.perturbation_target.net, 9.0)
     agent.critic = Function(
         lambda obs, action: 2 * action.sum(-1) + obs[..., 1],
-        lambda obs, action: 0 * obs[..., 0] + 7,
+        lambda obs, action: -2 * action.sum(-1) - obs[..., 1],  # now smaller, now larger
     )
     agent.critic_target = Function(*2 * [lambda obs, action: 0 * obs[..., 0] - 50])
     batch = random_batch(agent)._replace(obs=torch.rand(8, 3) - 0.5)

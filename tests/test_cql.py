@@ -426,6 +426,13 @@ def test_twin_critics_are_two_networks():
     assert torch.allclose(q, torch.cat(one), atol=1e-6) and not torch.equal(q[0], q[1])
 
 
+def test_networks_start_as_those_of_torch():
+    torch.manual_seed(0)
+    net = cql.MLP(3, 100, 5)
+    for x in (net.weight[0], net.bias[0]):  # uniform within 1 / sqrt(the number of inputs)
+        assert 0.07 < x.abs().max() <= 0.1
+
+
 # ---- The policy's density ----
 
 

@@ -440,6 +440,20 @@ def test_the_penalty_lowers_each_reward_by_lambda_times_its_own_u(uncertainty):
     assert torch.allclose(plain.reward - penalised.reward, 2.5 * u, atol=1e-5)
 
 
+def test_a_step_that_ends_the_episode_is_penalised_too():
+    def ends(penalty):
+        agent, data = world_agent(penalty=penalty)
+        agent.model.terminal_threshold.fill_(-agent.model.never)
+        torch.manual_seed(1)
+        agent.rollout(data)
+        return agent, stored(agent)
+
+    (agent, rows), (_, plain) = ends(2.5), ends(0.0)
+    assert rows.terminal.all() and torch.equal(plain.next_obs, rows.next_obs)
+    u = agent.model.uncertainty(*agent.model(rows.obs, rows.action))
+    assert torch.allclose(plain.reward - rows.reward, 2.5 * u, atol=1e-5)
+
+
 def test_with_conservative_rewards_are_not_penalised():
     _, _, combo = rolled_out(penalty=3.0, conservative=1.0, real_ratio=0.5)
     assert torch.equal(combo.reward, rolled_out(penalty=0.0)[2].reward)

@@ -478,7 +478,8 @@ def test_intervals_are_wider_where_few_episodes_carry_the_weight():
     wider = 2.5706 / 1.95996 * np.sqrt(6 / 5)
     assert (low, high) == pytest.approx((0.5 - wider * 1.4, 0.5 + wider * 2.4), abs=0.01)
     assert ope.interval(9.0, draws, 5.0)[2] == 9  # the value itself is always inside
-    assert np.ptp(ope.interval(0.0, draws, 0.0)[1:]) < 4 * 12.8 / 1.9 * 1.5  # not infinite
+    high = ope.interval(0.5, draws, 0.0)[2]  # not infinite, but that of df 1
+    assert high == pytest.approx(0.5 + 12.706 / 1.95996 * np.sqrt(2) * 2.4, rel=1e-2)
 
 
 def test_how_the_random_splits_fell_widens_the_interval():
@@ -507,6 +508,10 @@ def test_resamples_without_overlap_are_left_out():
         assert (e.value, e.low, e.high) == pytest.approx((1, 1, 1))
     e = ope.bootstrap(of_shares(magic, reward, ratio, *zero, gamma=1.0), log)
     assert 0 <= e.low <= e.value <= e.high
+    reward, ratio = np.arange(4.0)[:, None], np.array([[4.0], [4], [0], [0]])
+    log.resamples = shares(4, 400)
+    e = ope.bootstrap(of_shares(WIS, reward, ratio, gamma=1.0), log)
+    assert (e.value, e.low, e.high) == pytest.approx((0.5, 0, 1), abs=1e-3)
 
 
 def test_the_bernstein_bound_is_its_formula():
@@ -570,12 +575,22 @@ def test_hcope_holds_where_the_worst_reward_is_not_in_the_log():
     log.args = Args(lowest_reward=5.0)
     with pytest.raises(UserError, match=r"--lowest-reward 5\.0: the logs have"):
         ope.lower_bounds(log, np.ones((60, 1)), "")
-    log.args, log.n = Args(), 39  # too few for HCOPE; with a problem nothing for Student
+    log.args, log.reward = Args(), np.full((60, 1), 5.0)  # all the same, and yet not certain
+    bounds = ope.lower_bounds(log, np.ones((60, 1)), "")
+    assert all((name[:5] != "HCOPE") or 0 < bound < 4.9 for name, bound in bounds.items())
+    log.n = 39  # too few for HCOPE; with a problem nothing for Student
     assert list(ope.lower_bounds(log, np.ones((60, 1)), "")) == ["PDIS, Student's t"]
     assert ope.lower_bounds(log, np.ones((60, 1)), "few") == {}
 
 
 # Laws of Box actions
+
+
+def test_samples_of_a_squashed_law_are_the_tanh_of_the_gaussian():
+    torch.manual_seed(0)
+    u = BoxLaw(torch.full((50_000, 1), 0.8), torch.ones(50_000, 1), squash=True).sample().atanh()
+    assert u.mean().item() == pytest.approx(0.8, abs=0.03)
+    assert u.std().item() == pytest.approx(1.0, abs=0.03)
 
 
 def law(*parts, squash=False):
@@ -878,6 +893,16 @@ def test_estimated_behaviour_of_box_actions(monkeypatch):
         log.known_log_prob(np.full(len(edge), np.inf))
 
 
+def test_a_logged_density_counts_where_no_part_of_the_action_is_at_a_bound(monkeypatch):
+    units, n = ope.Units(spaces.Box(-1, 1, (1,)), spaces.Box(-2, 2, (2,))), 4
+    action = torch.tensor([[0.0, 0.5], [1.0, 0.0], [0.3, -1.0], [-0.9, 0.9]])
+    batch = ope.Batch(torch.zeros(n, 1), action, torch.ones(n), torch.zeros(n, 1), torch.ones(n))
+    data = dataset(units, batch, torch.arange(n), np.full(n, -1.0))
+    log = quick_log(data, Args(steps=1, resamples=100), monkeypatch)  # estimated: 0
+    inside = -1 + 2 * np.log(2)  # per unit of [-1, 1]
+    np.testing.assert_allclose(log.log_pi_b, [inside, 0, 0, inside], rtol=1e-6)
+
+
 def test_the_model_rolls_out_what_it_has_learned(monkeypatch):
     """s' = s + a / 10, r = s, the end beyond 1.05: from 0, a = 1 earns 0, 0.1, ..., 1.0."""
     torch.manual_seed(0)
@@ -917,6 +942,35 @@ def test_the_model_never_ends_without_ends_and_stays_within_the_range_of_the_dat
     value = ope.fit_model(log, args)(ope.Target("one", one, units, args))
     assert value == pytest.approx(np.full(8, (1 - 0.9**50) / 0.1), abs=0.1)
     assert torch.cat(visited).abs().max() == 1  # at the edge, where it would have gone on
+
+
+def test_the_check_on_the_logged_policy_is_by_all_members(monkeypatch):
+    monkeypatch.setattr(ope, "fqe", lambda *x: (0, 0, np.array([[1.0, 3.0], [2.0, 6.0]])))
+    log = SimpleNamespace(behavior=None, seen=np.ones((2, 8)), returns=np.ones(2))
+    log.model_returns = lambda policy: np.array([2.0, 4.0])
+    assert ope.errors_on_logged(log, Args()) == {"FQE": 2, "model": 2}
+
+
+def test_fqe_counts_errors_in_units_of_what_can_still_be_earned(monkeypatch):
+    """Of h steps 1 + gamma + ... times as much as of one; with a last layer of zeros Q is the logs'
+    mean per step, and the error that of the reward."""
+    mdp, args, found = MDP(3, ends=False), Args(gamma=0.5, **QUICK), []
+    log = quick_log(tabular_data(mdp, 20), args, monkeypatch)
+
+    def no_training(net, loss, rows, args):
+        net.weight[-1].data.zero_(), net.bias[-1].data.zero_()
+        i = torch.arange(8).expand(8, -1)
+        torch.manual_seed(0)
+        found.append(loss(i))
+        torch.manual_seed(0)
+        h = torch.randint(1, log.horizon + 1, i.shape)
+        per_step = log.returns / (1 - 0.5**log.horizon) * 0.5
+        error = (per_step.mean() - log.transitions.reward[i]) / per_step.std(ddof=1)
+        found.append((error / (2 * (1 - 0.5**h))).square().mean(1).sum())
+
+    monkeypatch.setattr(ope, "train", no_training)
+    ope.fqe(log, by_table(mdp.target, log.units, args), log.seen, args)
+    assert found[0].item() == pytest.approx(found[1].item(), rel=1e-4)
 
 
 def test_fqe_and_the_model_are_checked_on_the_logged_policy():
@@ -963,6 +1017,8 @@ def test_the_horizon_stops_where_a_truncated_episode_does():
     assert note.endswith(
         "episode 0 was truncated after 1 steps (3 are so short); without, T would be 30"
     )
+    T, (note,) = ope.known_steps(np.array([5, 7, 12]), np.array([False] * 3), None)
+    assert T == 5 and note.endswith("without, T would be 7")
     T, (note,) = ope.known_steps(np.array([3, 9]), np.array([False, True]), None)
     assert T == 3 and note.endswith("without, T would be 9")
 
@@ -985,15 +1041,17 @@ def test_arrays_of_a_log(monkeypatch):
 
 
 class Counter(gym.Env):
-    """Reward 1 per step, for ever, for the second action."""
+    """Reward 1 per step for the second action, with no end of its own."""
 
+    steps = 0
     observation_space, action_space = spaces.Box(-1, 1, (2,)), spaces.Discrete(2, start=3)
 
     def reset(self, *, seed=None, options=None):
         return np.zeros(2, np.float32), {}
 
     def step(self, action):
-        assert action in (3, 4)
+        self.steps += 1
+        assert action in (3, 4) and self.steps <= 3, "the horizon is over"
         return np.zeros(2, np.float32), float(action == 4), False, False, {}
 
 
@@ -1201,8 +1259,18 @@ def test_parts_of_datasets():
     assert ope.the_rest(("a-v0[60%:]", "a-v0[:20%]")) == ("a-v0[20%:60%]",)
     assert ope.the_rest(("a-v0", "b-v0[:50%]")) == ("b-v0[50%:100%]",)
     assert ope.the_rest(("a-v0",)) == ("a-v0",)
+    assert ope.the_rest(("a-v0[:80%]", "a-v0[20%:50%]")) == ("a-v0[80%:100%]",)
     assert ope.overlap(("a-v0[:80%]",), ("b-v0", "a-v0[79%:]"))
     assert not ope.overlap(("a-v0[:80%]",), ("b-v0", "a-v0[80%:]"))
+
+
+def test_the_truth_comes_from_the_environment_that_the_run_was_given(monkeypatch):
+    units = ope.Units(spaces.Box(-1, 1, (3,)), spaces.Box(-2, 2, (1,)))
+    policy = SimpleNamespace(agent=None, units=units)
+    its = SimpleNamespace(dataset_id=("a-v0",), env_id="Pendulum-v1")
+    monkeypatch.setattr(ope, "load_run", lambda *x: (policy, its, ("a-v0",)))
+    monkeypatch.setattr(ope, "Dataset", lambda *x, **y: SimpleNamespace(units=units, make_env=None))
+    assert ope.load(Args(run=("x",)))[0].make_env().spec.id == "Pendulum-v1"
 
 
 def test_box_runs_in_both_modes(runs, capsys):
@@ -1445,6 +1513,23 @@ def test_a_policy_that_nobody_followed(capsys):
     ope.print_report(one)
     text = capsys.readouterr().out
     assert "no overlap" in text and "nan" not in text and "0% not 0" in text
+
+
+def test_each_interval_has_the_degrees_of_freedom_of_its_weights(monkeypatch):
+    mdp, args, found, bootstrap = MDP(3, ends=False), Args(**QUICK), [], ope.bootstrap
+
+    def spy(estimator, log, df=np.inf, splits=()):
+        found.append(df)
+        return bootstrap(estimator, log, df, splits)
+
+    monkeypatch.setattr(ope, "bootstrap", spy)
+    data = tabular_data(mdp, 60)
+    log = quick_log(data, args, monkeypatch)
+    log.log_pi_b = log.estimated_log_pi_b = data.behavior_log_prob
+    log.model_returns = lambda policy: np.zeros(60)
+    one = ope.evaluate_policy(by_table(mdp.target, log.units, args), log, args)
+    assert one.weights.sizes[-1] < 50
+    assert found == [one.weights.sizes[-1] - 1] * 8 + [np.inf]
 
 
 def test_which_intervals_are_marked(monkeypatch):

@@ -783,6 +783,12 @@ def test_every_number_has_a_range_that_the_message_names(file):
                 check(Args(**{field.name: 8}))
 
 
+def test_gamma_1_is_refused():
+    """Returns of episodes that go on would be infinite."""
+    with refused(r"--gamma 1\.0: it must lie in 0 to 0\.999999", cql.UserError):
+        cql.start(cql.Args(gamma=1.0))
+
+
 @pytest.mark.parametrize("file", TRAINING)
 def test_what_a_checkpoint_would_not_take_is_refused_before_the_run(file, tmp_path):
     """NumPy's numbers, for example of a logspace, are written and can never be loaded again."""
@@ -1036,10 +1042,10 @@ def test_q_health_takes_the_mean_of_the_discounted_returns_and_the_longest_episo
 def test_q_health_asks_for_another_scale_by_the_size_of_the_rewards():
     """Not by their mean: a game that is won as often as lost has returns around 0."""
     metrics, found = {"q_data": 0, "q_policy": 0}, []
-    for size in (9e3, 2e4, 1.1e-3, 9e-4):
+    for size in (9e3, 2e4, 0.05, 2e-3, 9e-4):
         data = health_data([size, -size], lengths=(1, 1))
         found.append("--reward-scale" in cql.q_health(metrics, data, 0.5, "", ""))
-    assert found == [False, True, False, True]
+    assert found == [False, True, False, False, True]
     line = cql.q_health(metrics | {"q_data": 1}, health_data([0.0, 0.0], lengths=(2,)), 0.5, "", "")
     assert line.endswith("possible are 0 to 0: all rewards are 0, nothing can be learned")
 
