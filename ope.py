@@ -85,7 +85,7 @@ from torch import nn
 from torch.distributions import Categorical, Distribution, Independent, Normal
 from tyro.conf import UseAppendAction
 
-__version__ = "2.2.2"
+__version__ = "2.3.0"
 
 
 @dataclass
