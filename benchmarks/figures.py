@@ -150,9 +150,8 @@ def ope(ink, n=100):
         row |= {"estimator": name, "printed_as_95": str(not unmarked)}
         row["share"] = row["held"] / row["printed"]
     scale = alt.Scale(domain=[0.85, 1])
-    share = alt.X(
-        "share:Q", title="of 268 logs", scale=scale, axis=alt.Axis(format="%", tickCount=3)
-    )
+    title = f"of {max(row['logs'] for row in held):g} logs"
+    share = alt.X("share:Q", title=title, scale=scale, axis=alt.Axis(format="%", tickCount=3))
     base = alt.Chart(alt.Data(values=held), width=135, height=100)
     coverage = base.mark_rule(**zero).encode(x=alt.datum(0.95, scale=scale))
     coverage += base.mark_point(**points).encode(share, y, fill)

@@ -613,6 +613,12 @@ def test_a_wrong_env_id_is_an_error(env_id, message, registered):
         find_env(with_env("lab/one-v0"), env_id)
 
 
+def test_an_environment_with_other_actions_is_an_error():
+    """Observations of two numbers both, three Discrete actions against a Box."""
+    with refused("its spaces are not those of the data"):
+        find_env(with_env("lab/one-v0", "MountainCar-v0"), "MountainCarContinuous-v0")
+
+
 def test_the_environment_of_the_dataset_is_used():
     spec = gym.make("Pendulum-v1", max_episode_steps=33).spec
     assert find_env(with_env("lab/one-v0", spec))().spec.max_episode_steps == 33

@@ -120,7 +120,7 @@ NUMBERS = {  # what the episodes of an otherwise ordinary log have
     "huge rewards": {"rewards": 1e6 * np.arange(5)},
     "no rewards": {"rewards": np.zeros(5)},
     "constant observations": {"observations": np.ones((6, 1))},
-    "observations of variance 1e12": {"observations": 1e6 * np.arange(6.0)[:, None]},
+    "observations of variance 1e12": {"observations": -1e6 * np.arange(6.0)[:, None]},
     "duplicates": {"first": 0.0},
     "one action": {"actions": np.zeros((5, 1), np.float32)},
     "actions on the bounds": {"actions": np.float32([[-1], [1], [1], [-1], [1]])},

@@ -313,6 +313,7 @@ def test_magic_lies_within_its_partial_estimates_and_has_two_limits(mdp):
         assert partial_[0] == pytest.approx(v[:, 0].mean(), abs=1e-12)
         assert partial_[-1] == pytest.approx(WDR(*arrays), abs=1e-12)
         assert min(partial_) - 1e-12 <= magic(*arrays) <= max(partial_) + 1e-12
+        assert magic(*arrays) == magic(*arrays, steps=range(-1, T))  # the direct method is one, too
 
 
 def test_magic_trusts_a_good_q_and_distrusts_a_bad_one():
@@ -499,6 +500,14 @@ def test_how_the_random_splits_fell_widens_the_interval():
             )
 
 
+def test_the_interval_of_the_gain_is_paired():
+    """An estimate that is what the same episodes earned, plus 1.5, gains 1.5 for certain."""
+    returns = np.random.default_rng(0).normal(size=50)
+    log = SimpleNamespace(resamples=shares(50, 200), returns=returns)
+    e = ope.bootstrap(lambda p: p @ returns + 1.5, log)
+    assert e.gain == pytest.approx((1.5, 1.5, 1.5)) and e.high - e.low > 0.3
+
+
 def test_resamples_without_overlap_are_left_out():
     reward, ratio = np.ones((4, 1)), np.array([[4.0], [0], [0], [0]])
     log = SimpleNamespace(resamples=shares(4, 100), returns=np.zeros(4))
@@ -581,6 +590,10 @@ def test_hcope_holds_where_the_worst_reward_is_not_in_the_log():
     log.n = 39  # too few for HCOPE; with a problem nothing for Student
     assert list(ope.lower_bounds(log, np.ones((60, 1)), "")) == ["PDIS, Student's t"]
     assert ope.lower_bounds(log, np.ones((60, 1)), "few") == {}
+    log.args, log.reward = Args(lowest_reward=-2.0), np.zeros((60, 2))
+    log.discounts = np.array([1, 0.5])  # what was added to the rewards is taken back discounted
+    bounds = ope.lower_bounds(log, np.ones((60, 2)), "")
+    assert bounds == {"PDIS, Student's t": pytest.approx(0)}
 
 
 # Laws of Box actions
@@ -637,12 +650,13 @@ def test_the_laws_of_trained_policies_agree_with_their_own_densities():
     import cql
 
     units = ope.Units(spaces.Box(-1, 1, (3,)), spaces.Box(-2.0, 2.0, (2,)))
+    units.obs_mean, units.obs_std = torch.ones(3), torch.full((3,), 0.5)  # --normalize-obs
     obs, inside = torch.randn(50, 3), torch.rand(50, 2) * 1.8 - 0.9
     bounds = torch.cat([inside[:25], torch.ones(25, 2)])
     for module, net in ((bc, bc.GaussianPolicy), (cql, cql.TanhGaussian)):
         agent = SimpleNamespace(policy=net(units, (8,)))
         target = ope.run_policy("x", SimpleNamespace(agent=agent, units=units), Args(), seen=False)
-        density = agent.policy(obs)
+        density = agent.policy(units.obs(obs))
         if module is cql:
             density = Independent(Transformed(density.normal, [TanhTransform()]), 1)
         ours = target.log_prob(obs, inside)
@@ -840,6 +854,19 @@ def test_estimated_behaviour_of_discrete_actions_is_the_frequency(monkeypatch):
     frequency = np.array([[(action[state == s] == a).mean() for a in range(A)] for s in range(S)])
     np.testing.assert_allclose(np.exp(estimated), frequency[state, action], atol=0.05)
     np.testing.assert_allclose(policy.support(torch.eye(S + 1))[1][:S], frequency, atol=0.05)
+
+
+def test_training_ends_where_the_held_out_loss_was_lowest():
+    """On its way from 0 to 300 Adam is at 0.91, 1.41 and 1.5 where that is measured."""
+    net, y = ope.MLP(1, 1, 1), torch.tensor([300.0, 0.9])
+    net.bias[0].data.zero_()
+
+    def loss(i):
+        return (net(torch.zeros(1, 1)) - y[i]).square().mean()
+
+    args = Args(steps=300, batch_size=1, lr=0.01)
+    ope.train(net, loss, [torch.tensor([0])], args, torch.tensor([[1]]))
+    assert net.bias[0].item() == pytest.approx(0.91, abs=0.01)
 
 
 def test_whole_episodes_are_held_out(monkeypatch):
@@ -1106,6 +1133,9 @@ def test_verdict():
     assert "believe WDR with care" in missed
     assert "believe none" in verdict(report(errors={"FQE": np.nan}, ess=30))
     assert "no vote" not in verdict(report(errors={"FQE": -0.3}))  # 2% of 1 and 3 std / sqrt(n)
+    loss = report(errors={"FQE": -2.0})
+    loss.log.returns = loss.log.returns - 101  # 2% of -100
+    assert "no vote" not in verdict(loss)
     few = {"problem": "too few"}
     hint = verdict(report(gain=(1, 2), **few))
     assert hint == (
@@ -1114,6 +1144,8 @@ def test_verdict():
     )
     assert "a hint" in verdict(report(model=2.09, **few))  # a tenth of the std of the returns
     assert "FQE and the model disagree: believe none of these" in verdict(report(model=2.2, **few))
+    assert "a hint" in verdict(report(model=0.91, **few))  # and so below
+    assert "FQE and the model disagree: believe none of these" in verdict(report(model=0.8, **few))
     assert "believe none of these" in verdict(report(errors={"model": 2.0}, **few))
     assert verdict(report(seen=True)).startswith("trained on these very episodes")
     assert "believe none" in verdict(report(seen=True))
@@ -1273,6 +1305,16 @@ def test_the_truth_comes_from_the_environment_that_the_run_was_given(monkeypatch
     assert ope.load(Args(run=("x",)))[0].make_env().spec.id == "Pendulum-v1"
 
 
+def test_a_run_on_two_datasets_has_seen_both(monkeypatch):
+    units = ope.Units(spaces.Box(-1, 1, (3,)), spaces.Box(-2, 2, (1,)))
+    policy = SimpleNamespace(agent=None, units=units)
+    its = SimpleNamespace(dataset_id=("a-v0", "b-v0[:50%]"), env_id=None)
+    monkeypatch.setattr(ope, "load_run", lambda *x: (policy, its, ("b-v0[50%:100%]",)))
+    monkeypatch.setattr(ope, "Dataset", lambda *x, **y: SimpleNamespace(units=units))
+    for ids, seen in (((), False), (("a-v0[:1%]",), True), (("b-v0[40%:]",), True)):
+        assert ope.load(Args(run=("x",), dataset_id=ids))[1][0].seen == seen
+
+
 def test_box_runs_in_both_modes(runs, capsys):
     """BCQ has samples only, and a deterministic policy no density: FQE and the model are left."""
     names = {name: runs[f"{name}_pendulum"] for name in ("bc", "cql", "bcq")}
@@ -1291,6 +1333,7 @@ def test_box_runs_in_both_modes(runs, capsys):
     text = capsys.readouterr().out
     assert "behaviour policy estimated from the data for 100% of the steps" in text
     assert "with 95% confidence, if the estimated pi_b is right, at least" in text
+    assert text.count("a policy that draws its actions is judged so") == 3  # in one of two modes
 
 
 POLICIES = """
@@ -1301,6 +1344,7 @@ def good(obs): return torch.stack([obs[:, 2] <= 0, obs[:, 2] > 0], 1) * 0.3 + 0.
 def bad(obs): return 1 - good(obs)
 def shape(obs): return torch.ones(len(obs), 3) / 3
 def total(obs): return torch.ones(len(obs), 2)
+def third(obs): return torch.ones(len(obs), 2) / 3
 def nan(obs): return torch.full((len(obs), 2), float("nan"))
 def nothing(obs): return None
 def failing(obs): return obs[:, 99]
@@ -1379,6 +1423,8 @@ def test_a_categorical_stands_for_its_probabilities(policies):
     units = ope.Units(spaces.Box(-9, 9, (3,)), spaces.Discrete(2))
     pi = ope.user_policy(policies + "categorical", units, Args())
     np.testing.assert_allclose(pi.support(torch.randn(7, 3))[1], 0.5)
+    with pytest.raises(UserError, match="are not probabilities: >= 0 with sum 1"):
+        ope.user_policy(policies + "third", units, Args()).support(torch.randn(7, 3))
 
 
 def damaged(tmp_path, run, **changes):
@@ -1467,11 +1513,12 @@ def test_wrong_use_gets_one_clear_line(policies, runs, tmp_path):
         ({"run": (str(tmp_path),)}, "not the folder of a training run"),
         ({"run": (runs["cql_pendulum"],), **cartpole}, "its spaces are not those of the data"),
         ({"policy_mode": "greedy"}, "--policy-mode greedy: it must be stochastic or deterministic"),
-        ({"gamma": 1.5}, "--gamma 1.5: it must lie in 0 to 1"),
-        ({"gamma": float("nan")}, "--gamma nan: it must lie in 0 to 1"),
+        ({"gamma": 1.5}, "--gamma 1.5: it must lie in 0.0 to 1"),
+        ({"gamma": float("nan")}, "--gamma nan: it must lie in 0.0 to 1"),
         ({"resamples": 0}, "--resamples 0: it must lie in 100 to"),
         ({"hidden": (8, 0)}, r"--hidden \(8, 0\): it must lie in 1 to"),
         ({"seed": -1}, "--seed -1: it must lie in 0 to"),
+        ({"seed": None}, "--seed None: a number is needed"),
         ({"lr": 0.0}, "--lr 0.0"),
         ({"horizon": 0}, "--horizon 0"),
         ({"horizon": 10**6}, "--horizon 1000000: it must lie in 1 to 100,000"),
@@ -1513,6 +1560,10 @@ def test_a_policy_that_nobody_followed(capsys):
     ope.print_report(one)
     text = capsys.readouterr().out
     assert "no overlap" in text and "nan" not in text and "0% not 0" in text
+    one.truth = one.estimates["FQE"].value + 0.25, 0.1
+    ope.print_report(one)
+    (row,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith("FQE "))
+    assert row.endswith("-0.25")  # too low by so much
 
 
 def test_each_interval_has_the_degrees_of_freedom_of_its_weights(monkeypatch):
@@ -1532,6 +1583,20 @@ def test_each_interval_has_the_degrees_of_freedom_of_its_weights(monkeypatch):
     assert found == [one.weights.sizes[-1] - 1] * 8 + [np.inf]
 
 
+def test_ris_has_the_estimated_behaviour_and_the_others_the_logged_one(monkeypatch):
+    mdp, args = MDP(3, ends=False), Args(**QUICK)
+    data = tabular_data(mdp, 60)
+    log = quick_log(data, args, monkeypatch)
+    log.estimated_log_pi_b = np.log(np.random.default_rng(0).uniform(0.3, 0.7, 180))
+    log.model_returns = lambda policy: np.zeros(60)
+    policy = by_table(mdp.target, data.units, args)
+    found = ope.evaluate_policy(policy, log, args).estimates
+    log_pi = policy.log_prob(log.obs, log.transitions.action)
+    for name, log_pi_b in (("PDWIS", data.behavior_log_prob), ("RIS", log.estimated_log_pi_b)):
+        expected = PDWIS(log.reward, log.ratio(log_pi, log_pi_b), log.gamma)
+        assert found[name].value == pytest.approx(expected)
+
+
 def test_which_intervals_are_marked(monkeypatch):
     """As no 95% ones; (3) and (4), too, where pi_b is fitted, as its error is not in them."""
     mdp, args = MDP(3, ends=False), Args(**QUICK)
@@ -1549,6 +1614,9 @@ def test_which_intervals_are_marked(monkeypatch):
             assert marked == {*one.estimates} - {"FQE"} and one.bounds == {}
         else:
             assert marked == {"IS", "PDIS", "RIS", "MAGIC", "model"} | also and len(one.bounds) == 2
+    log.log_pi_b = known + 1  # weights that average too little leave HCOPE right, if low
+    one = ope.evaluate_policy(by_table(mdp.behavior, data.units, args), log, args)
+    assert one.problem.startswith("weights average 0.05") and str(*one.bounds).startswith("HCOPE")
 
 
 def test_weights_that_overflow_are_said_to(capsys):

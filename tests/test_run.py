@@ -869,7 +869,7 @@ def test_observations_that_are_no_numbers_are_an_error(value, usual):
     policy = cql.load_policy(usual("cql.py", "box")[1])
     with refused("an observation is NaN or infinite"):
         policy.act(np.array([[0, 0, 0], [0, value, 0]]))
-    with refused(r"^observations: [A-Z][A-Za-z]+Error: "):
+    with refused(r"^observations .Dict, .* gymnasium.spaces.flatten.: [A-Z][A-Za-z]+Error: "):
         policy.act([["a", "b", "c"]])
 
 
@@ -961,6 +961,13 @@ def test_reported_returns_are_raw(usual, tmp_path):
     assert result["data_return_mean"] == usual("cql.py", "box")[0]["data_return_mean"]
     for value in result["returns"]:  # 12 steps of Pendulum cost at most 16.3 each
         assert -12 * 16.3 <= value <= 0
+
+
+def test_the_result_names_all_datasets(tmp_path):
+    both = "lab/box-v0", "lab/box-bare-v0"
+    result, folder = run("cql.py", "box", tmp_path, dataset_id=both)
+    assert result["dataset"] == "lab/box-v0+lab/box-bare-v0"
+    assert folder.name.startswith("cql__lab-box-v0+lab-box-bare-v0__s4__")
 
 
 @pytest.mark.parametrize("file", TRAINING)
