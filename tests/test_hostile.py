@@ -50,8 +50,8 @@ def check_files(folder):
 
 RANGE = "it must lie in"
 FLAGS = [  # (file, flags, message)
-    ("cql.py", {"alpha": math.nan}, f"--alpha nan: {RANGE} 0 to 1e"),
-    ("cql.py", {"eval_episodes": 10**9}, f"--eval-episodes 1000000000: {RANGE} 0 to 10000"),
+    ("cql.py", {"alpha": math.nan}, f"--alpha nan: {RANGE} 0 to 1,000,000,000"),
+    ("cql.py", {"eval_episodes": 10**9}, f"--eval-episodes 1000000000: {RANGE} 0 to 10,000"),
     ("cql.py", {"hidden": 8}, "--hidden 8: one or more values are needed, as a tuple"),
     ("cql.py", {"target_gap": 1.0, "alpha": 0.0}, "--target-gap learns alpha from --alpha on"),
     ("cql.py", {"reward_scale": "return-rang"}, "--reward-scale return-rang: TypeError"),
@@ -68,7 +68,7 @@ FLAGS = [  # (file, flags, message)
     ("cql.py", {"resume": "nothing"}, "nothing: not a run of cql.py: no readable checkpoint"),
     ("cql.py", {"dataset_id": ()}, r"--dataset-id \(\): one or more"),
     ("cql.py", {"dataset_id": "lab/box-v0"}, "--dataset-id lab/box-v0: one or more .*, as a tuple"),
-    ("cql.py", {"dataset_id": ("",)}, "dataset : the id needs a version"),
+    ("cql.py", {"dataset_id": ("",)}, "dataset : an id is needed"),
     ("cql.py", {"dataset_id": ("lab",)}, "dataset lab: the id needs a version"),
     ("cql.py", {"dataset_id": ("pendulum/mixd-v0",)}, "dataset pendulum/mixd-v0: not on disk"),
     ("cql.py", {"dataset_id": ("lab/box-v0", "lab/discrete-v0")}, "dataset lab/discrete-v0: its"),
