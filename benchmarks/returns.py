@@ -55,15 +55,16 @@ METHODS = {  # name: file, flags beside the defaults
     "bcq-0.05": ("bcq", "--phi 0.05"),
     "mopo": ("mopo", ""),
 }
-HOPPER = "--hidden 256 256 --normalize-obs --steps 50000 --log-every 1000 --eval-every 5000"
+HOPPER = "--hidden 256 256 --normalize-obs --log-every 1000 --eval-every 5000"
 HOPPER_FLAGS = {  # of a MuJoCo dataset in Minari's folder, see collect_sac.py: what a night allows
-    "bc": "--lr 3e-4",
-    "%bc": "--top-fraction 0.1 --lr 3e-4",
-    "cql": "--alpha 5 --samples 4 --actor-lr 1e-4 --critic-lr 3e-4 --polyak 0.005",
-    "iql": "--reward-scale return-range --expectile 0.7 --beta 3 --lr 3e-4",
-    "awac": "--reward-scale 1 --lam 0.333 --lr 3e-4",
-    "bcq": "--vae-hidden 256 256 --batch-size 100 --polyak 0.005 --phi 0.05 --reward-scale 1",
-    "mopo": "--model-hidden 200 200 200 200 --polyak 0.005",
+    "bc": "--lr 3e-4 --steps 50000",
+    "%bc": "--top-fraction 0.1 --lr 3e-4 --steps 50000",
+    "cql": "--alpha 5 --samples 4 --actor-lr 1e-4 --critic-lr 3e-4 --polyak 0.005 --steps 50000",
+    "iql": "--reward-scale return-range --expectile 0.7 --beta 3 --lr 3e-4 --steps 50000",
+    "awac": "--reward-scale 1 --lam 0.333 --lr 3e-4 --steps 50000",
+    "bcq": "--vae-hidden 256 256 --batch-size 100 --polyak 0.005 --phi 0.05 --reward-scale 1 "
+    "--steps 50000",
+    "mopo": "--model-hidden 200 200 200 200 --polyak 0.005 --steps 100000",
 }
 ONLY = {
     "mopo": ("pendulum/", "hopper/"),
