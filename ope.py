@@ -47,7 +47,8 @@ Differs from the papers:
   D3 At most 25 of the g_j. The 50% interval is the normal one, by Omega, not bootstrapped.
   D4 Q_h is (1 + gamma + ... + gamma^(h-1)) times a value per step in units of the logged returns:
      no network must first grow to its level. No target network, as Q_h learns from Q_{h-1} alone.
-     8 members: 4 random halves of the episodes, and the rest of each. Box: K actions, drawn once.
+     Half of a batch learns Q_{T-t}, on which J rests, the rest any h. 8 members: 4 random halves of
+     the episodes, and the rest of each. Box: K actions, drawn once.
   D5 HCOPE takes one cap for all episodes, chosen on a twentieth of them.
   D6 Box actions count as at a bound from 0.99 of the way on, where policies that clip have a mass.
 
@@ -127,6 +128,11 @@ def main(args: Args) -> dict:
     make_env = find_env(data, args.env_id, "without --verify") if args.verify else None
     torch.manual_seed(args.seed)
     log, reports = Log(data, args), {}
+    for note in log.notes:
+        print(f"note: {note}")
+    if args.run and args.policy_mode == "stochastic":
+        print("note: a policy that draws its actions is judged so; the training files report the "
+              "deterministic one")  # fmt: skip
     for policy in policies:
         report = reports[policy.name] = evaluate_policy(policy, log, args)
         if make_env:
@@ -142,7 +148,8 @@ def evaluate_policy(policy, log, args):
     torch.manual_seed(args.seed)  # the same numbers whichever policy comes first
     q, v, members = fqe(log, policy, log.seen, args)
     model_returns = log.model_returns(policy)
-    finite = np.isfinite(members).all() and np.isfinite(model_returns).all()
+    found = members, model_returns, log.errors["FQE"]
+    finite = all(np.isfinite(x).all() for x in found)
     require(finite, f"{policy.name}: FQE or the model diverged; a smaller --lr may help")
     report = Report(policy.name, log, policy.seen, policy.problem)
     if not policy.problem:
@@ -296,6 +303,7 @@ def fqe(log, policy, seen, args):
 
     def loss(i):
         h, y = torch.randint(1, log.horizon + 1, i.shape, device=i.device), reward[i]
+        h[:, ::2] = (log.horizon - log.step[i[:, ::2]]).clamp(min=1)  # D4
         if log.horizon > 1:  # else V_0 = 0, and a bandit with many actions would wait for nothing
             with torch.no_grad():
                 v = critic.value(log.next_obs[i], next_action[i], next_weight[i], h - 1)
@@ -414,7 +422,8 @@ def fqe_estimate(members, log):
     difference d of what two members say is as large as the error of all episodes together. So the
     variance is the mean of d^2 over the 4 pairs, plus that of the first states; of the gain over
     the logged policy, where a half's own first states and returns are paired, mean d^2 alone. An
-    error that all members share, as of training that is not done, is not in it: more --steps."""
+    error that all members share, as of training that is not done, is in no d: for it stands what
+    they miss of the logged policy, which widens both intervals. More --steps make it smaller."""
 
     def mean_square(x):  # of d, for x (E,)
         return (((x[0::2] - x[1::2]) / 2) ** 2).mean()
@@ -422,7 +431,8 @@ def fqe_estimate(members, log):
     gains, seen = members - log.returns[:, None], log.seen.cpu().numpy()
     variance = mean_square(members.mean(0)) + members.mean(1).var(ddof=1) / log.n
     variance_gain = mean_square((gains * seen).sum(0) / seen.sum(0))
-    half, half_gain = t_quantile(0.975, 4) * np.sqrt([variance, variance_gain])
+    spread = t_quantile(0.975, 4) * np.sqrt([variance, variance_gain])
+    half, half_gain = np.hypot(spread, log.errors["FQE"])
     value, gain = members.mean(), gains.mean()
     return Estimate(value, value - half, value + half, (gain, gain - half_gain, gain + half_gain))
 
@@ -532,7 +542,7 @@ def verdict(report):
             lost = ["FQE and the model disagree"]
         if lost:
             return f"{'; '.join([report.problem, *lost])}: believe none of these"
-        return f"{report.problem}; FQE and the model agree: a hint, no more: FQE, {gain(e['FQE'])}"
+        return f"{report.problem}; FQE and the model agree: a hint, no more: FQE, {said(e['FQE'])}"
     votes = ["PDWIS", "WDR"] if "FQE" in missed else ["PDWIS", "WDR", "FQE"]
     apart = [
         f"{a} and {b} disagree"
@@ -545,10 +555,10 @@ def verdict(report):
     if "PDWIS and WDR disagree" in apart or not (ess >= 50 or all_agree):
         return f"{found}: believe none of these"
     care = "" if ess >= 50 and all_agree else " with care"
-    return f"{found}: believe WDR{care}, {gain(e['WDR'])}"
+    return f"{found}: believe WDR{care}, {said(e['WDR'])}"
 
 
-def gain(estimate):
+def said(estimate):
     """The estimate's interval, and what it says against the logged policy."""
     (_, low, high), line = estimate.gain, f"{estimate.low:.4g} to {estimate.high:.4g}"
     word = "better" if low > 0 else "worse" if high < 0 else "cannot tell whether better"
@@ -972,11 +982,6 @@ def print_report(report):
         bounds = ", ".join(f"{x:.4g} ({name})" for name, x in report.bounds.items())
         if_right = ", if the estimated pi_b is right," if log.estimated else ""
         print(f"with 95% confidence{if_right} at least {bounds}")
-    for note in log.notes:
-        print(f"note: {note}")
-    if log.args.run and log.args.policy_mode == "stochastic":
-        print("note: a policy that draws its actions is judged so; the training files report the "
-              "deterministic one")  # fmt: skip
     print(f"verdict: {verdict(report)}")
 
 
