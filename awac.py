@@ -85,7 +85,7 @@ from torch import nn
 from torch.distributions import Categorical, Independent, Normal
 from tqdm import tqdm
 
-__version__ = "2.3.0"
+__version__ = "2.4.0"
 
 
 @dataclass

@@ -92,7 +92,7 @@ from minari.serialization import deserialize_space, serialize_space
 from torch import nn
 from tqdm import tqdm
 
-__version__ = "2.3.0"
+__version__ = "2.4.0"
 
 
 @dataclass

@@ -47,8 +47,7 @@ Differs from the papers:
   D3 At most 25 of the g_j. The 50% interval is the normal one, by Omega, not bootstrapped.
   D4 Q_h is (1 + gamma + ... + gamma^(h-1)) times a value per step in units of the logged returns:
      no network must first grow to its level. No target network, as Q_h learns from Q_{h-1} alone.
-     Half of a batch learns Q_{T-t}, on which J rests, the rest any h. 8 members: 4 random halves of
-     the episodes, and the rest of each. Box: K actions, drawn once.
+     8 members: 4 random halves of the episodes, and the rest of each. Box: K actions, drawn once.
   D5 HCOPE takes one cap for all episodes, chosen on a twentieth of them.
   D6 Box actions count as at a bound from 0.99 of the way on, where policies that clip have a mass.
 
@@ -86,7 +85,7 @@ from torch import nn
 from torch.distributions import Categorical, Distribution, Independent, Normal
 from tyro.conf import UseAppendAction
 
-__version__ = "2.3.0"
+__version__ = "2.4.0"
 
 
 @dataclass
@@ -303,7 +302,6 @@ def fqe(log, policy, seen, args):
 
     def loss(i):
         h, y = torch.randint(1, log.horizon + 1, i.shape, device=i.device), reward[i]
-        h[:, ::2] = (log.horizon - log.step[i[:, ::2]]).clamp(min=1)  # D4
         if log.horizon > 1:  # else V_0 = 0, and a bandit with many actions would wait for nothing
             with torch.no_grad():
                 v = critic.value(log.next_obs[i], next_action[i], next_weight[i], h - 1)
