@@ -64,7 +64,8 @@ HOPPER_FLAGS = {  # of a MuJoCo dataset in Minari's folder, see collect_sac.py: 
     "awac": "--reward-scale 1 --lam 0.333 --lr 3e-4 --steps 50000",
     "bcq": "--vae-hidden 256 256 --batch-size 100 --polyak 0.005 --phi 0.05 --reward-scale 1 "
     "--steps 50000",
-    "mopo": "--model-hidden 200 200 200 200 --polyak 0.005 --steps 100000",
+    "mopo": "--model-hidden 200 200 200 200 --actor-lr 3e-4 --critic-lr 3e-4 --polyak 0.005 "
+    "--steps 100000",
 }
 ONLY = {
     "mopo": ("pendulum/", "hopper/"),
