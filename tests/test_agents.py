@@ -95,7 +95,8 @@ def test_box_samples_follow_the_density(module):
     for quantile in (0.1, 0.3, 0.5, 0.7, 0.9):
         z = math.sqrt(2) * torch.erfinv(torch.tensor(2 * quantile - 1))
         expected = (mean + log_std.exp() * z).clamp(-bound, bound)
-        assert torch.allclose(samples.quantile(quantile, 0), expected, atol=0.05)
+        miss = (samples.quantile(quantile, 0) - expected).abs()  # its own noise: 0.01 of the std
+        assert (miss < 0.05 * log_std.exp().clamp(min=1)).all()
 
 
 @pytest.mark.parametrize("module", [bc, iql, awac])
