@@ -597,6 +597,8 @@ class Log:
         self.log_pi_b = self.known_log_prob(data.behavior_log_prob)
         self.model_returns = fit_model(self, args)
         self.errors = errors_on_logged(self, args)
+        missed = ", ".join(f"{name} by {x:+.3g}" for name, x in self.errors.items())
+        self.notes.append(f"the logged policy's value, which is known, is missed by {missed}")
 
     def standardize(self, obs):
         return (obs - self.mean) / self.std

@@ -1255,6 +1255,8 @@ def test_the_example_runs_and_the_horizon_collapses_the_sample(capsys):
     for line in ("behaviour policy as logged", "the lowest logged one", "100% not 0", "error"):
         assert line in text
     assert text.splitlines()[-1].startswith("verdict: ")
+    errors = "FQE by {FQE:+.3g}, model by {model:+.3g}".format(**one.log.errors)
+    assert f"note: the logged policy's value, which is known, is missed by {errors}\n" in text
     for names in ("IS, PDIS", "RIS", "MAGIC", "model"):
         assert f"* no 95% interval ({names}): " in text
     (one,) = ope.main(Args(horizon=400, verify_episodes=2, **QUICK)).values()
