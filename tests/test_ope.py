@@ -985,6 +985,19 @@ def test_the_check_on_the_logged_policy_is_by_all_members(monkeypatch):
     assert ope.errors_on_logged(log, Args()) == {"FQE": 2, "model": 2}
 
 
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_what_diverges_stops_the_evaluation_in_one_line(which, monkeypatch):
+    """FQE, the model, or FQE of the logged policy, which would make an interval of NaN."""
+    mdp, args = MDP(3, ends=False), Args(**QUICK)
+    log, values = quick_log(tabular_data(mdp, 20), args, monkeypatch), [0.0] * 3
+    values[which] = math.nan
+    monkeypatch.setattr(ope, "fqe", lambda *x: (None, None, np.full((20, 8), values[0])))
+    log.model_returns = lambda policy: np.full(20, values[1])
+    log.errors["FQE"] = values[2]
+    with pytest.raises(UserError, match="it: FQE or the model diverged; a smaller --lr"):
+        ope.evaluate_policy(SimpleNamespace(name="it"), log, args)
+
+
 def test_fqe_counts_errors_in_units_of_what_can_still_be_earned(monkeypatch):
     """Of h steps 1 + gamma + ... times as much as of one; with a last layer of zeros Q is the logs'
     mean per step, and the error that of the reward."""
