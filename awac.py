@@ -13,7 +13,7 @@ the critic's extrapolation errors, because the policy does.
 
   python awac.py                                  Pendulum, a return of about -145 in half a minute
   python awac.py --dataset-id cartpole/mixed-v0   Discrete actions
-  python awac.py --dataset-id cartpole/random-v0 --online-steps 5000     offline, then online
+  python awac.py --dataset-id cartpole/random-v0 --online-steps 10000    offline, then online
   python awac.py --dataset-id mujoco/hopper/medium-v0 --normalize-obs --reward-scale 1 --lam 0.333 \
     --hidden 256 256 256 --lr 3e-4 --steps 1000000 --log-every 5000 --eval-every 50000
                                                   MuJoCo, hours; the paper has no settings for it
@@ -85,7 +85,7 @@ from torch import nn
 from torch.distributions import Categorical, Independent, Normal
 from tqdm import tqdm
 
-__version__ = "2.4.0"
+__version__ = "2.5.0"
 
 
 @dataclass
@@ -446,7 +446,7 @@ class Units(nn.Module):
             return action.cpu().numpy() + space.start
         action = (self.center + action * self.half_range).cpu().numpy()
         require(np.isfinite(action).all(), "actions are NaN: observations are far from the data's")
-        return action.reshape(-1, *space.shape).clip(space.low, space.high)
+        return action.reshape(-1, *space.shape).clip(space.low, space.high).astype(space.dtype)
 
 
 class Policy(nn.Module):

@@ -9,7 +9,7 @@ BC reads no rewards, so it is the baseline that every offline method has to beat
 (--top-fraction) imitates only the episodes of the highest return: hard to beat where good episodes
 exist, helpless where a good policy has to be put together from parts of them.
 
-  python bc.py                                    Pendulum, about the return of the data, -600
+  python bc.py                                    Pendulum, about the return of the data, -580
   python bc.py --top-fraction 0.1                 percentile BC, about -145
   python bc.py --dataset-id cartpole/mixed-v0     Discrete actions
   python bc.py --dataset-id mujoco/hopper/medium-v0 --normalize-obs --hidden 256 256 --lr 3e-4 \
@@ -73,7 +73,7 @@ from torch import nn
 from torch.distributions import Categorical, Independent, Normal
 from tqdm import tqdm
 
-__version__ = "2.4.0"
+__version__ = "2.5.0"
 
 
 @dataclass
@@ -358,7 +358,7 @@ class Units(nn.Module):
             return action.cpu().numpy() + space.start
         action = (self.center + action * self.half_range).cpu().numpy()
         require(np.isfinite(action).all(), "actions are NaN: observations are far from the data's")
-        return action.reshape(-1, *space.shape).clip(space.low, space.high)
+        return action.reshape(-1, *space.shape).clip(space.low, space.high).astype(space.dtype)
 
 
 class Policy(nn.Module):

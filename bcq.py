@@ -9,7 +9,7 @@ The maximum in Q-learning's target picks the actions whose value the critic over
 offline those are out-of-distribution actions, which no data correct: extrapolation error. BCQ first
 learns which actions the data contain in a state, and then takes the maximum over these only.
 
-  python bcq.py                                   Pendulum, a return of about -145
+  python bcq.py                                   Pendulum, a return of about -150
   python bcq.py --dataset-id pendulum/expert-v0 --phi 0        narrow data: -140, at times -250
   python bcq.py --dataset-id cartpole/mixed-v0    Discrete actions; --threshold 0: double DQN
   python bcq.py --dataset-id mujoco/hopper/medium-v0 --hidden 400 300 --vae-hidden 750 750 \
@@ -92,7 +92,7 @@ from minari.serialization import deserialize_space, serialize_space
 from torch import nn
 from tqdm import tqdm
 
-__version__ = "2.4.0"
+__version__ = "2.5.0"
 
 
 @dataclass
@@ -533,7 +533,7 @@ class Units(nn.Module):
             return action.cpu().numpy() + space.start
         action = (self.center + action * self.half_range).cpu().numpy()
         require(np.isfinite(action).all(), "actions are NaN: observations are far from the data's")
-        return action.reshape(-1, *space.shape).clip(space.low, space.high)
+        return action.reshape(-1, *space.shape).clip(space.low, space.high).astype(space.dtype)
 
 
 class Policy(nn.Module):

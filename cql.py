@@ -7,8 +7,8 @@
 
 An offline critic is never corrected at actions that the data lack (its extrapolation error), and a
 policy that maximises it picks exactly these out-of-distribution actions. CQL adds a regulariser to
-the critic's loss that pushes Q down over all actions and up at those of the data: the value of the
-policy becomes a lower bound instead of an overestimate.
+the critic's loss that pushes Q down over all actions and up at those of the data: with alpha large
+enough, the value of the policy becomes a lower bound instead of an overestimate.
 
   python cql.py                                   Pendulum, a return of about -140, two minutes
   python cql.py --dataset-id cartpole/mixed-v0    Discrete actions; --alpha 0: watch it fail
@@ -89,7 +89,7 @@ from torch import nn
 from torch.distributions import Normal
 from tqdm import tqdm
 
-__version__ = "2.4.0"
+__version__ = "2.5.0"
 
 
 @dataclass
@@ -519,7 +519,7 @@ class Units(nn.Module):
             return action.cpu().numpy() + space.start
         action = (self.center + action * self.half_range).cpu().numpy()
         require(np.isfinite(action).all(), "actions are NaN: observations are far from the data's")
-        return action.reshape(-1, *space.shape).clip(space.low, space.high)
+        return action.reshape(-1, *space.shape).clip(space.low, space.high).astype(space.dtype)
 
 
 class Policy(nn.Module):

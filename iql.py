@@ -74,7 +74,7 @@ from torch import nn
 from torch.distributions import Categorical, Independent, Normal
 from tqdm import tqdm
 
-__version__ = "2.4.0"
+__version__ = "2.5.0"
 
 
 @dataclass
@@ -443,7 +443,7 @@ class Units(nn.Module):
             return action.cpu().numpy() + space.start
         action = (self.center + action * self.half_range).cpu().numpy()
         require(np.isfinite(action).all(), "actions are NaN: observations are far from the data's")
-        return action.reshape(-1, *space.shape).clip(space.low, space.high)
+        return action.reshape(-1, *space.shape).clip(space.low, space.high).astype(space.dtype)
 
 
 class Policy(nn.Module):

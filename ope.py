@@ -85,7 +85,7 @@ from torch import nn
 from torch.distributions import Categorical, Distribution, Independent, Normal
 from tyro.conf import UseAppendAction
 
-__version__ = "2.4.0"
+__version__ = "2.5.0"
 
 
 @dataclass
@@ -328,7 +328,8 @@ def fit_model(log, args):
     mean steps within the range of the data. Logs without ends teach none."""
     reward, terminal = log.transitions.reward, log.transitions.terminal
     change = torch.cat([log.next_obs - log.obs, reward[:, None]], 1)  # (M, O + 1)
-    (mean, std), low, high = moments(change), log.next_obs.amin(0), log.next_obs.amax(0)
+    mean, low, high = change.mean(0), log.next_obs.amin(0), log.next_obs.amax(0)
+    std = change.std(0, correction=0).maximum(1e-6 * mean.abs() + 1e-30)  # what never changes stays
     target, inputs = (change - mean) / std, log.obs.shape[1] + log.action.shape[1]
     net = MLP(1, inputs, *args.hidden, change.shape[1] + 1).to(change.device)
 
@@ -512,8 +513,9 @@ def lower_bounds(log, ratio, problem):
 
 
 def verdict(report):
-    """One line, by these rules. PDWIS, WDR and FQE have a vote each, without ratios FQE and the
-    model; two agree if their 95% intervals overlap.
+    """The estimator that is believed, WDR, or FQE as a hint, or "", and a line that says why, by
+    these rules. PDWIS, WDR and FQE have a vote each, without ratios FQE and the model; two agree if
+    their 95% intervals overlap.
       1. If it was trained on these episodes, no estimate counts.
       2. Ratios say nothing if there are none, if no episode follows the policy, if the mean weight
          is above 10 or more than 3 standard errors from 1, if the effective sample size is below 10
@@ -529,8 +531,8 @@ def verdict(report):
     does not hold 0."""
     e, log = report.estimates, report.log
     if report.seen:
-        return ("trained on these very episodes, so that every estimate is too good: believe none; "
-                "train on --dataset-id 'ID[:80%]' and judge by the rest")  # fmt: skip
+        return "", ("trained on these very episodes, so that every estimate is too good: believe "
+                    "none; train on --dataset-id 'ID[:80%]' and judge by the rest")  # fmt: skip
     slack = 0.02 * abs(log.returns.mean()) + 3 * log.returns.std() / math.sqrt(log.n)
     missed = {name: x for name, x in log.errors.items() if not abs(x) <= slack}
     lost = [f"{name} misses the logged policy by {x:+.3g}: no vote" for name, x in missed.items()]
@@ -539,8 +541,9 @@ def verdict(report):
         if not lost and outside > 0.1 * log.returns.std():
             lost = ["FQE and the model disagree"]
         if lost:
-            return f"{'; '.join([report.problem, *lost])}: believe none of these"
-        return f"{report.problem}; FQE and the model agree: a hint, no more: FQE, {said(e['FQE'])}"
+            return "", f"{'; '.join([report.problem, *lost])}: believe none of these"
+        hint = f"FQE and the model agree: a hint, no more: FQE, {said(e['FQE'])}"
+        return "FQE", f"{report.problem}; {hint}"
     votes = ["PDWIS", "WDR"] if "FQE" in missed else ["PDWIS", "WDR", "FQE"]
     apart = [
         f"{a} and {b} disagree"
@@ -551,9 +554,9 @@ def verdict(report):
     found = [*lost, *apart, *["PDWIS, WDR and FQE agree"] * all_agree]
     found = f"{'; '.join(found)}; effective sample size {ess:.0f} of {log.n}"
     if "PDWIS and WDR disagree" in apart or not (ess >= 50 or all_agree):
-        return f"{found}: believe none of these"
+        return "", f"{found}: believe none of these"
     care = "" if ess >= 50 and all_agree else " with care"
-    return f"{found}: believe WDR{care}, {said(e['WDR'])}"
+    return "WDR", f"{found}: believe WDR{care}, {said(e['WDR'])}"
 
 
 def said(estimate):
@@ -574,7 +577,8 @@ class Log:
         self.units, self.transitions, self.episode = data.units, data.transitions, data.episode
         self.obs, self.next_obs = data.transitions.obs, data.transitions.next_obs
         self.action, self.gamma, self.args = self.vector(data.transitions.action), args.gamma, args
-        self.mean, self.std = moments(self.obs)
+        self.mean, std = self.obs.mean(0), self.obs.std(0, correction=0)
+        self.std = torch.where(std > 1e-6 * self.mean.abs(), std, 1.0)  # 1: equal but for rounding
         length = torch.bincount(data.episode)
         self.n, self.first = len(length), length.cumsum(0) - length  # rows of the first steps (n,)
         self.step = torch.arange(len(self.obs)).to(length) - self.first[data.episode]  # (M,)
@@ -982,18 +986,17 @@ def print_report(report):
         bounds = ", ".join(f"{x:.4g} ({name})" for name, x in report.bounds.items())
         if_right = ", if the estimated pi_b is right," if log.estimated else ""
         print(f"with 95% confidence{if_right} at least {bounds}")
-    print(f"verdict: {verdict(report)}")
+    print(f"verdict: {verdict(report)[1]}")
 
 
 def print_ranking(reports):
     """Policies from best to worst, by what the verdicts believe of all of them."""
-    verdicts = [verdict(report) for report in reports]
-    believed = all("believe WDR" in line for line in verdicts)
-    if not (believed or all("believe WDR" in line or "a hint" in line for line in verdicts)):
+    believed = {verdict(report)[0] for report in reports}
+    if "" in believed:
         print("\nno ranking: there is a policy of which nothing can be believed")
         return
-    by = "WDR" if believed else "FQE"
-    print(f"\nranking by {by}" + ("" if believed else ", a hint, no more"))
+    by, hint = ("FQE", ", a hint, no more") if "FQE" in believed else ("WDR", "")
+    print(f"\nranking by {by}{hint}")
     for report in sorted(reports, key=lambda r: -r.estimates[by].value):
         e = report.estimates[by]
         print(f"{e.value:10.4g}  {e.low:10.4g} .. {e.high:<10.4g}  {report.name}")
@@ -1013,11 +1016,6 @@ def train(net, loss, rows, args, held_out=None):
                 best, lowest = deepcopy(net.state_dict()), now
     if best:
         net.load_state_dict(best)
-
-
-def moments(x):
-    """Mean and standard deviation of the rows."""
-    return x.mean(0), x.std(0, correction=0) + 1e-3
 
 
 def simplex_argmin(a):
@@ -1218,7 +1216,7 @@ class Units(nn.Module):
             return action.cpu().numpy() + space.start
         action = (self.center + action * self.half_range).cpu().numpy()
         require(np.isfinite(action).all(), "actions are NaN: observations are far from the data's")
-        return action.reshape(-1, *space.shape).clip(space.low, space.high)
+        return action.reshape(-1, *space.shape).clip(space.low, space.high).astype(space.dtype)
 
 
 def scripted_action(dataset_id, obs):

@@ -36,7 +36,7 @@ def judge(n, seed):
             numbers = [round(float(x), 3) for x in (e.value, e.low, e.high)]
             ess, truth = round(report.weights.sizes[-1], 1), round(cartpole_value(gain), 3)
             row = [seed, n, f"gain {gain:g}", distance(gain), name, *numbers, not e.doubt]
-            yield [*row, ess, ope.verdict(report), round(log.returns.mean(), 3), truth]
+            yield [*row, ess, ope.verdict(report)[1], round(log.returns.mean(), 3), truth]
 
 
 @cache

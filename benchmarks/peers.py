@@ -195,7 +195,8 @@ def d3rlpy_agent(method, data, args, own, _):
         flags |= {"learning_rate": rate, "encoder_factory": encoder}
         flags["target_update_interval"] = round(1 / args.polyak)  # it copies, and does not average
         flags |= {"alpha": args.alpha} if method == "DiscreteCQL" else {}
-        flags |= {"action_flexibility": args.threshold} if method == "DiscreteBCQ" else {}
+        if method == "DiscreteBCQ":  # beta: of the mean squared logits
+            flags |= {"action_flexibility": args.threshold, "beta": 0.01, "share_encoder": False}
     else:
         flags |= {"actor_encoder_factory": encoder, "critic_encoder_factory": encoder}
         flags["tau"] = args.polyak
@@ -221,7 +222,7 @@ def d3rlpy_agent(method, data, args, own, _):
 
 
 def markdown(rows):
-    """Mean of each peer [lowest, highest], beside ours of the same seeds, of all seeds."""
+    """Mean of each peer [lowest, highest] (seeds), beside ours."""
     cells = defaultdict(list)
     for row in rows:
         cells[row["dataset"], row["peer"], row["flags"]].append(float(row["return_mean"]))

@@ -57,7 +57,8 @@ def judge(folder, log, args):
     policy, its = ope.load_run(folder, args.device)
     seen = ope.overlap(its.dataset_id, args.dataset_id)
     report = ope.evaluate_policy(ope.run_policy(str(folder), policy, args, seen=seen), log, args)
-    return [*(round(report.estimates[x].value, 2) for x in ("FQE", "model")), ope.verdict(report)]
+    fqe, model = (round(report.estimates[x].value, 2) for x in ("FQE", "model"))
+    return [fqe, model, ope.verdict(report)[1]]
 
 
 def main():

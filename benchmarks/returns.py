@@ -39,6 +39,9 @@ import numpy as np
 import tyro
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import ope  # noqa: E402
+
 METHODS = {  # name: file, flags beside the defaults
     "bc": ("bc", ""),
     "%bc": ("bc", "--top-fraction 0.1"),
@@ -248,16 +251,17 @@ def interquartile_mean(x):
     return x @ np.diff(edges) / (n / 2)
 
 
-def interval(x, statistic=np.mean, resamples=10_000):
-    """95% percentile bootstrap interval of a statistic over seeds, for (n,)."""
-    drawn = np.random.default_rng(0).choice(x, (resamples, len(x)))
-    return np.quantile(statistic(drawn, -1) if statistic is np.mean else statistic(drawn),
-                       [0.025, 0.975])  # fmt: skip
+def interval(x):
+    """95% bootstrap interval of the mean over seeds, for (n,): percentiles, which of ten seeds hold
+    it in 90%, and so as much wider as Student's t is than the normal."""
+    means = np.random.default_rng(0).choice(x, (9999, len(x))).mean(1)
+    return ope.interval(x.mean(), means, len(x) - 1)[1:]
 
 
 def markdown(rows, args):
     """Mean over seeds [its 95% interval, of fewer than five their range] (how many, if not ten or
-    more); of five or more the interquartile mean, the worst, the share of steady evaluations."""
+    more); of five or more, where these differ, the interquartile mean, the worst, the share of
+    steady evaluations."""
     cells, data = defaultdict(list), {}
     for row in rows:
         if row["method"] in args.methods and int(row["seed"]) in args.seeds:
@@ -289,8 +293,10 @@ def markdown(rows, args):
         if len(cell) > 4:
             returns = np.array([float(x["return_mean"]) for x in cell])
             steady = np.mean([float(x["steady"]) for x in cell])
-            line = f"| `{dataset}` | {method} | {len(cell)} | {interquartile_mean(returns):.0f} |"
-            lines.append(f"{line} {returns.min():.0f} | {steady:.0%} |")
+            middle, worst = interquartile_mean(returns), returns.min()
+            if middle - worst > 6 or steady < 1:
+                line = f"| `{dataset}` | {method} | {len(cell)} | {middle:.0f} |"
+                lines.append(f"{line} {worst:.0f} | {steady:.0%} |")
     return "\n".join(lines)
 
 

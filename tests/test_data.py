@@ -168,19 +168,22 @@ def test_discrete_actions_count_from_0_inside_and_from_start_outside():
     assert units.action_dim == 4 and units.discrete
 
 
-def test_box_actions_are_scaled_by_their_bounds_there_and_back():
-    low = np.array([[-1, 0, 10], [-4, -0.5, -30]], np.float32)
-    high = np.array([[1, 8, 11], [-3, 0.25, 50]], np.float32)
-    space = spaces.Box(low, high)
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_box_actions_are_scaled_by_their_bounds_there_and_back(dtype):
+    low = np.array([[-1, 0, 10], [-4, -0.5, -30]], dtype)
+    high = np.array([[1, 8, 11], [-3, 0.25, 50]], dtype)
+    space = spaces.Box(low, high, dtype=dtype)
     space.seed(0)
     action = np.array([space.sample() for _ in range(4)] + [low, high, (low + high) / 2])
     data = load_stored([episode(7, actions=action)], LINE, space)
-    expected, found = (2 * (action - low) / (high - low) - 1).reshape(7, 6), data.transitions.action
-    assert found.shape == (7, 6) and np.allclose(found, expected, atol=1e-6)
+    expected = 2 * (action - low.astype(float)) / (high - low) - 1
+    found = data.transitions.action
+    assert found.shape == (7, 6) and np.allclose(found, expected.reshape(7, 6), atol=1e-6)
     assert found[4:].tolist() == [[-1] * 6, [1] * 6, [0] * 6]
     back = data.units.env_action(found)
-    assert back.shape == (7, 2, 3) and np.allclose(back, action, rtol=1e-6, atol=2e-6)
-    assert all(space.contains(x) for x in back)
+    error = max(2e-6, 2 * np.finfo(dtype).eps)
+    assert back.shape == (7, 2, 3) and np.allclose(back, action, rtol=error, atol=error)
+    assert back.dtype == dtype and all(space.contains(x) for x in back)
 
 
 @pytest.mark.parametrize("sign", [-1, 1])
