@@ -435,7 +435,7 @@ class Units(nn.Module):
     def action(self, action):
         """Environment actions (N, ...) -> (N, A) in [-1, 1], or (N,) int64 from 0."""
         if self.discrete:
-            return self.tensor(action).long() - int(self.action_space.start)
+            return self.tensor(np.asarray(action) - self.action_space.start).long()
         action = self.tensor(action).reshape(len(action), self.action_dim)
         return ((action - self.center) / self.half_range).clamp(-1, 1)
 
@@ -480,7 +480,9 @@ def builtin_dataset(dataset_id):
     scripted controller that acts at random with probability eps, in cartpole/0.35-v0 0.35; its
     probabilities if it has any. -> (episodes, (observation space, action space), make_env or None,
     reference or None)."""
-    known = re.fullmatch(r"(pendulum|cartpole)/(random|medium|expert|mixed|0\.\d+)-v0", dataset_id)
+    twin = dataset_id == "pendulum/0.6-v0"  # of medium: no dataset has two names
+    name = r"(pendulum|cartpole)/(random|medium|expert|mixed|0\.\d*[1-9])-v0"
+    known = not twin and re.fullmatch(name, dataset_id)
     names = "{pendulum,cartpole}/{random,medium,expert,mixed}-v0 and, by the noise, 0.35-v0"
     require(known, f"not on disk, and not built in, as are {names}")
     rng, episodes, cartpole = np.random.default_rng(0), [], known[1] == "cartpole"
@@ -597,10 +599,13 @@ class Dataset:
     dropped: T + 1 observations make T transitions, the last with its true s'."""
 
     def __init__(self, ids, normalize_obs=False, reward_scale=1.0, reward_shift=0.0, device="cpu"):
-        rows, sources = [], []
+        rows, sources, parts = [], [], []
         for name in ids:
             with blaming(f"dataset {name}"):
                 whole, first, last = split_id(name)
+                apart = (x != whole or last <= start or end <= first for x, start, end in parts)
+                require(all(apart), "its episodes would count twice")
+                parts.append((whole, first, last))
                 episodes, its_spaces, *_ = source = open_dataset(whole)
                 self.units = Units(*its_spaces)
                 sources.append(source)
@@ -616,7 +621,8 @@ class Dataset:
         self.reference = references.pop() if len(references) == 1 else None
         self.returns = returns = np.array([r.sum() for r in reward])  # (episodes,) undiscounted
         if reward_scale == "return-range":
-            reward_scale = 1000 / (np.ptp(returns) or 1000)
+            spread = np.ptp(returns)
+            reward_scale = 1000 / spread if spread > 1e-9 * abs(returns).max() else 1.0
         self.reward_scale, self.reward_shift = reward_scale, reward_shift
         size = f"{sum(map(len, reward))} transitions in {len(rows)} episodes"
         mean_min_max = f"{returns.mean():.1f} ({returns.min():.1f} to {returns.max():.1f})"
@@ -634,6 +640,7 @@ class Dataset:
             self.transitions = Batch(units.obs(s), units.action(a), r, units.obs(next_s), d)
             lengths = torch.tensor([len(r) for r in reward], device=device)
             self.episode = torch.arange(len(rows), device=device).repeat_interleave(lengths)  # (M,)
+            self.longest = lengths.max().item()  # steps of an episode
 
     def batch(self, index):
         return Batch(*(x[index] for x in self.transitions))
@@ -674,7 +681,7 @@ class Replay:
             next_obs, reward, terminated, truncated, _ = self.env.step(action[0])
             require(abs(reward) < 1e30, f"the reward is {reward}")
             obs, next_obs_row = data.units.obs(np.stack([self.obs, next_obs]))
-            reward = reward * data.reward_scale + data.reward_shift
+            reward = float(reward) * data.reward_scale + data.reward_shift
             row = obs, data.units.action(action)[0], reward, next_obs_row, float(terminated)
         self.obs, self.ended = next_obs, terminated or truncated
         for x, value in zip(self.columns, (*row, len(data.returns) + self.episodes), strict=True):
@@ -694,7 +701,9 @@ def find_env(data, env_id, unless="with --eval-episodes 0"):
         return None
     with blaming(f"environment {env_id or 'of the data'} (not needed {unless})"):
         env, space = make(), data.units.observation_space
-        limit = env.spec.max_episode_steps or data.episode.bincount().max().item()
+        limit = env.spec.max_episode_steps or data.longest
+        if not env.spec.max_episode_steps:
+            print(f"the environment has no time limit: {limit} steps, the longest in the data")
         row = spaces.flatten(space, env.reset(seed=0)[0])
         same = len(row) == data.units.obs_dim and env.action_space == data.units.action_space
         require(same, "its spaces are not those of the data")
@@ -813,6 +822,7 @@ class Run:
         self.policy = Policy(agent, data.units)
         self.make_env = find_env(data, args.env_id) if args.eval_episodes else None
         self.step, self.metrics, self.returns, self.extra = 0, [], [], {}  # extra: of Replay
+        self.size = [len(data.returns), len(data.episode)]
         if state:
             self.folder = state["folder"]
             with blaming(f"{self.folder}: its checkpoint does not fit"):
@@ -820,11 +830,13 @@ class Run:
                 self.metrics, self.returns = state["metrics"], state["returns"]
                 self.step = self.metrics[-1]["step"] if self.metrics else 0
                 self.extra = state["extra"]
+                require(state["size"] == self.size, "the data have changed since it began")
                 self.policy.load_state_dict(state["policy"])
                 torch.set_rng_state(state["rng"])
                 torch.cuda.set_rng_state_all(state["cuda_rng"])
         else:
-            name = f"{ALGORITHM}__{'+'.join(args.dataset_id).replace('/', '-')}__s{args.seed}"
+            ids = "+".join(args.dataset_id).replace("/", "-")[:150]
+            name = f"{ALGORITHM}__{ids}__s{args.seed}"
             self.folder = Path(args.out_dir, f"{name}__{datetime.now():%Y%m%d-%H%M%S-%f}")
             versions = {p: version(p) for p in ("torch", "numpy", "gymnasium", "minari", "tyro")}
             facts = {"args": asdict(args), "versions": versions | {f"{ALGORITHM}.py": __version__}}
@@ -848,6 +860,7 @@ class Run:
             "args": asdict(self.args),
             "spaces": [serialize_space(x) for x in (units.observation_space, units.action_space)],
             "seconds": time.perf_counter() - self.began,
+            "size": self.size,
             "metrics": self.metrics,
             "returns": self.returns,
             "policy": self.policy.state_dict(),

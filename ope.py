@@ -274,7 +274,8 @@ class QNetwork:
     def __init__(self, members, log, args):
         annuity = np.append(0, (log.gamma ** np.arange(log.horizon)).cumsum())  # of h = 0, 1, ...
         per_step = log.returns / annuity[-1]  # D4
-        self.center, self.scale = float(per_step.mean()), float(per_step.std(ddof=1)) or 1.0
+        self.center, spread = float(per_step.mean()), float(per_step.std(ddof=1))
+        self.scale = spread if spread > 1e-6 * abs(self.center) else 1.0  # else it is rounding
         self.annuity, self.standardize = log.obs.new_tensor(annuity), log.standardize
         sizes = log.obs.shape[1] + log.action.shape[1] + 2, *args.hidden, 1
         self.net = MLP(members, *sizes).to(log.obs.device)
@@ -780,7 +781,7 @@ def user_policy(name, units, args):
     problem = NO_DENSITY * (deterministic and not units.discrete)
 
     def probabilities(obs):
-        p = function(obs.cpu())
+        p = function(obs.cpu().clone())  # which may change it
         p = torch.as_tensor(getattr(p, "probs", p), dtype=torch.float64, device=obs.device)
         shape, needed = tuple(p.shape), (len(obs), units.action_dim)
         require(shape == needed, f"probabilities of shape {shape}, not {needed}")
@@ -790,7 +791,7 @@ def user_policy(name, units, args):
         return certain(p.argmax(1), units) if deterministic else Probabilities(p)
 
     def box_law(obs):
-        pi = function(obs.cpu())
+        pi = function(obs.cpu().clone())
         what = f"it returns {type(pi).__name__}, not a torch Distribution"
         require(isinstance(pi, Distribution), what)
         shape = tuple(pi.batch_shape + pi.event_shape)
@@ -801,7 +802,8 @@ def user_policy(name, units, args):
         normal = pi.base_dist if isinstance(pi, Independent) else pi
         if not isinstance(normal, Normal):
             return InUnits(pi, units)
-        mean, std = (x.float().to(obs.device).flatten(1) for x in (normal.mean, normal.stddev))
+        law = normal.mean.float().to(obs.device), normal.stddev.float().to(obs.device)
+        mean, std = (x.reshape(len(obs), -1) for x in law)
         require(mean.isfinite().all(), "a mean is NaN or infinite")
         require(((std > 0) & std.isfinite()).all(), "a standard deviation is not above 0")
         return BoxLaw((mean - units.center) / units.half_range, std / units.half_range)
@@ -849,10 +851,11 @@ def load(args):
     which = "the runs have different ones" if runs else "--policy has none of its own"
     require(args.dataset_id or len(rests) == 1, f"--dataset-id is needed: {which}")
     ids = args.dataset_id or rests.pop()
-    twice = [x for x, y in combinations(ids, 2) if overlap([x], [y])]
-    require(not twice, f"--dataset-id {' '.join(ids)}: episodes would count twice")
     print(f"judged on {' '.join(ids)}")
     data, policies = Dataset(ids, device=args.device), []
+    data.longest = max(data.longest, args.horizon or 0)
+    envs = {its.env_id for _, its, _ in runs.values()}
+    require(args.env_id or len(envs) < 2, "--env-id is needed: the runs have different ones")
     for folder, (policy, its, _) in runs.items():
         with blaming(f"--run {folder}"):
             its_spaces = policy.units.observation_space, policy.units.action_space
@@ -1002,6 +1005,7 @@ def print_ranking(reports):
         print(f"{e.value:10.4g}  {e.low:10.4g} .. {e.high:<10.4g}  {report.name}")
 
 
+@torch.enable_grad()
 def train(net, loss, rows, args, held_out=None):
     """Minimises loss(i) over random transitions i (E, N), those of member e out of rows[e]; with
     rows held_out (1, H), `net` ends as it was when the loss of those was lowest."""
@@ -1205,7 +1209,7 @@ class Units(nn.Module):
     def action(self, action):
         """Environment actions (N, ...) -> (N, A) in [-1, 1], or (N,) int64 from 0."""
         if self.discrete:
-            return self.tensor(action).long() - int(self.action_space.start)
+            return self.tensor(np.asarray(action) - self.action_space.start).long()
         action = self.tensor(action).reshape(len(action), self.action_dim)
         return ((action - self.center) / self.half_range).clamp(-1, 1)
 
@@ -1237,7 +1241,9 @@ def builtin_dataset(dataset_id):
     scripted controller that acts at random with probability eps, in cartpole/0.35-v0 0.35; its
     probabilities if it has any. -> (episodes, (observation space, action space), make_env or None,
     reference or None)."""
-    known = re.fullmatch(r"(pendulum|cartpole)/(random|medium|expert|mixed|0\.\d+)-v0", dataset_id)
+    twin = dataset_id == "pendulum/0.6-v0"  # of medium: no dataset has two names
+    name = r"(pendulum|cartpole)/(random|medium|expert|mixed|0\.\d*[1-9])-v0"
+    known = not twin and re.fullmatch(name, dataset_id)
     names = "{pendulum,cartpole}/{random,medium,expert,mixed}-v0 and, by the noise, 0.35-v0"
     require(known, f"not on disk, and not built in, as are {names}")
     rng, episodes, cartpole = np.random.default_rng(0), [], known[1] == "cartpole"
@@ -1354,10 +1360,13 @@ class Dataset:
     dropped: T + 1 observations make T transitions, the last with its true s'."""
 
     def __init__(self, ids, normalize_obs=False, reward_scale=1.0, reward_shift=0.0, device="cpu"):
-        rows, sources = [], []
+        rows, sources, parts = [], [], []
         for name in ids:
             with blaming(f"dataset {name}"):
                 whole, first, last = split_id(name)
+                apart = (x != whole or last <= start or end <= first for x, start, end in parts)
+                require(all(apart), "its episodes would count twice")
+                parts.append((whole, first, last))
                 episodes, its_spaces, *_ = source = open_dataset(whole)
                 self.units = Units(*its_spaces)
                 sources.append(source)
@@ -1373,7 +1382,8 @@ class Dataset:
         self.reference = references.pop() if len(references) == 1 else None
         self.returns = returns = np.array([r.sum() for r in reward])  # (episodes,) undiscounted
         if reward_scale == "return-range":
-            reward_scale = 1000 / (np.ptp(returns) or 1000)
+            spread = np.ptp(returns)
+            reward_scale = 1000 / spread if spread > 1e-9 * abs(returns).max() else 1.0
         self.reward_scale, self.reward_shift = reward_scale, reward_shift
         size = f"{sum(map(len, reward))} transitions in {len(rows)} episodes"
         mean_min_max = f"{returns.mean():.1f} ({returns.min():.1f} to {returns.max():.1f})"
@@ -1391,6 +1401,7 @@ class Dataset:
             self.transitions = Batch(units.obs(s), units.action(a), r, units.obs(next_s), d)
             lengths = torch.tensor([len(r) for r in reward], device=device)
             self.episode = torch.arange(len(rows), device=device).repeat_interleave(lengths)  # (M,)
+            self.longest = lengths.max().item()  # steps of an episode
 
     def batch(self, index):
         return Batch(*(x[index] for x in self.transitions))
@@ -1409,7 +1420,9 @@ def find_env(data, env_id, unless="with --eval-episodes 0"):
         return None
     with blaming(f"environment {env_id or 'of the data'} (not needed {unless})"):
         env, space = make(), data.units.observation_space
-        limit = env.spec.max_episode_steps or data.episode.bincount().max().item()
+        limit = env.spec.max_episode_steps or data.longest
+        if not env.spec.max_episode_steps:
+            print(f"the environment has no time limit: {limit} steps, the longest in the data")
         row = spaces.flatten(space, env.reset(seed=0)[0])
         same = len(row) == data.units.obs_dim and env.action_space == data.units.action_space
         require(same, "its spaces are not those of the data")

@@ -417,8 +417,9 @@ class Walk(gym.Env):
         move = 0.8 * (2 * action - 1) if self.discrete else 0.4 * float(action[0])
         self.x, self.t = self.x + move, self.t + 1
         terminated, truncated = abs(self.x) > 2, self.t == 5
-        self.log.append((before, action, 1.0 - abs(self.x), self.x, terminated, truncated))
-        return np.array([self.x], np.float32), self.log[-1][2], terminated, truncated, {}
+        reward = np.float32(1.0 - abs(self.x))  # as many environments have it
+        self.log.append((before, action, reward, self.x, terminated, truncated))
+        return np.array([self.x], np.float32), reward, terminated, truncated, {}
 
 
 def online_run(module, tmp_path, env, **flags):
@@ -429,7 +430,7 @@ def online_run(module, tmp_path, env, **flags):
     data = make_data(module, obs, action, torch.rand(20), [12, 8], env.action_space)
     data.units.obs_mean += 0.5
     data.units.obs_std *= 2
-    data.reward_scale, data.reward_shift, data.reference = 3.0, -0.25, None
+    data.reward_scale, data.reward_shift, data.reference = 3.0, -0.25, None  # floats
     args = module.Args(steps=10, online_steps=40, hidden=(8,), batch_size=4, seed=70, **flags)
     args.eval_episodes, args.out_dir = 0, str(tmp_path)
     torch.manual_seed(0)

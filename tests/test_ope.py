@@ -833,6 +833,15 @@ def test_fqe_of_terminal_steps_is_their_reward_and_truncated_ones_go_on(monkeypa
         np.testing.assert_allclose(members, expected, atol=0.03)
 
 
+def test_returns_that_differ_by_rounding_alone_do_not_freeze_fqe():
+    """The scale of Q is their deviation, however small, unless that is rounding."""
+    log = SimpleNamespace(gamma=1.0, horizon=3, obs=torch.zeros(6, 2), action=torch.zeros(6, 1))
+    log.standardize = None
+    for spread, scale in ((1e-16, 1.0), (0.0, 1.0), (1e-4, 1e-4)):
+        log.returns = 3 * (0.2 + spread * np.array([-1.0, 0.0, 1.0]))
+        assert ope.QNetwork(1, log, Args()).scale == pytest.approx(scale)
+
+
 def test_fqe_does_not_care_about_the_scale_of_rewards(monkeypatch):
     """The same log with rewards a thousand times as large, plus 5: Q follows."""
     mdp, args, values = MDP(3, ends=False), Args(steps=300, gamma=0.9, **TABLE), []
@@ -1351,9 +1360,12 @@ def test_the_truth_comes_from_the_environment_that_the_run_was_given(monkeypatch
     units = ope.Units(spaces.Box(-1, 1, (3,)), spaces.Box(-2, 2, (1,)))
     policy = SimpleNamespace(agent=None, units=units)
     its = SimpleNamespace(dataset_id=("a-v0",), env_id="Pendulum-v1")
+    data = SimpleNamespace(units=units, make_env=None, longest=5)
     monkeypatch.setattr(ope, "load_run", lambda *x: (policy, its, ("a-v0",)))
-    monkeypatch.setattr(ope, "Dataset", lambda *x, **y: SimpleNamespace(units=units, make_env=None))
+    monkeypatch.setattr(ope, "Dataset", lambda *x, **y: data)
     assert ope.load(Args(run=("x",)))[0].make_env().spec.id == "Pendulum-v1"
+    assert data.longest == 5  # where the environment has no time limit: as long as is judged
+    assert ope.load(Args(run=("x",), horizon=60))[0].longest == 60
 
 
 def test_a_run_on_two_datasets_has_seen_both(monkeypatch):
@@ -1361,7 +1373,7 @@ def test_a_run_on_two_datasets_has_seen_both(monkeypatch):
     policy = SimpleNamespace(agent=None, units=units)
     its = SimpleNamespace(dataset_id=("a-v0", "b-v0[:50%]"), env_id=None)
     monkeypatch.setattr(ope, "load_run", lambda *x: (policy, its, ("b-v0[50%:100%]",)))
-    monkeypatch.setattr(ope, "Dataset", lambda *x, **y: SimpleNamespace(units=units))
+    monkeypatch.setattr(ope, "Dataset", lambda *x, **y: SimpleNamespace(units=units, longest=1))
     for ids, seen in (((), False), (("a-v0[:1%]",), True), (("b-v0[40%:]",), True)):
         assert ope.load(Args(run=("x",), dataset_id=ids))[1][0].seen == seen
 
@@ -1409,6 +1421,9 @@ def no_std(obs): return normal(obs, std=0.0)
 def wide(obs): return normal(obs, n=3)
 def one_state(obs): return normal(obs[:1])
 def double(obs): return Normal(torch.zeros(len(obs), 1).double(), 1.0)
+def changes(obs): p = good(obs); obs *= 2; return p
+def changes_box(obs): pi = box(obs.clone()); obs *= 2; return pi
+def scalar(obs): return Normal(0.1 * obs[:, 0], 1.0)
 def box(obs): return Independent(Normal(0.1 * obs[:, :1], 1.0), 1)
 def unsummed(obs): return Normal(0.1 * obs[:, :1], 1.0)
 def no_mode(obs): return Uniform(torch.full((len(obs), 1), -2.0), 2.0)
@@ -1470,6 +1485,31 @@ def test_densities_of_users_policies(policies):
     assert "has no density" in greedy.problem
 
 
+def test_a_box_without_axes(policies):
+    units, obs = ope.Units(spaces.Box(-9, 9, (3,)), spaces.Box(-2.0, 2.0, ())), torch.randn(7, 3)
+    pi, action = ope.user_policy(policies + "scalar", units, Args()), torch.rand(7, 1) * 1.8 - 0.9
+    expected = Normal(0.1 * obs[:, 0], 1.0).log_prob(2 * action[:, 0]) + np.log(2)
+    np.testing.assert_allclose(pi.log_prob(obs, action), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["changes", "changes_box"])
+def test_a_policy_that_works_in_place_leaves_the_logs_alone(policies, name):
+    space = spaces.Discrete(2) if name == "changes" else spaces.Box(-2.0, 2.0, (1,))
+    units, obs = ope.Units(spaces.Box(-9, 9, (3,)), space), torch.randn(7, 3)
+    pi, before = ope.user_policy(policies + name, units, Args()), obs.clone()
+    pi.log_prob(obs, torch.zeros(7).long() if name == "changes" else torch.zeros(7, 1))
+    pi.support(obs)
+    assert torch.equal(obs, before)
+
+
+def test_networks_learn_where_a_policys_file_has_switched_gradients_off():
+    net, row = torch.nn.Linear(1, 1), torch.zeros(1).long()
+    before = net.weight.item()
+    with torch.no_grad():
+        ope.train(net, lambda i: net(torch.ones(1, 1)).sum() ** 2, [row], Args(steps=3))
+    assert net.weight.item() != before
+
+
 def test_a_categorical_stands_for_its_probabilities(policies):
     units = ope.Units(spaces.Box(-9, 9, (3,)), spaces.Discrete(2))
     pi = ope.user_policy(policies + "categorical", units, Args())
@@ -1524,6 +1564,10 @@ def test_deterministic_discrete_policies_have_zeros():
 def test_wrong_use_gets_one_clear_line(policies, runs, tmp_path):
     cartpole, pendulum = ({"dataset_id": (f"{x}/random-v0",)} for x in ("cartpole", "pendulum"))
     file = policies.removesuffix("mypolicy.py:")
+    other_env = str(shutil.copytree(runs["cql_cartpole"], tmp_path / "run"))
+    state = torch.load(f"{other_env}/checkpoint.pt", weights_only=True)
+    state["args"]["env_id"] = "CartPole-v0"
+    torch.save(state, f"{other_env}/checkpoint.pt")
     for flags, message in (
         ({"policy": (policies + "shape",), **cartpole}, r"mypolicy.py:shape: probabilities of sh"),
         ({"policy": (policies + "total",), **cartpole}, r"\[1.0, 1.0\] are not probabilities"),
@@ -1561,7 +1605,11 @@ def test_wrong_use_gets_one_clear_line(policies, runs, tmp_path):
             "episodes would count twice",
         ),
         ({"run": (runs["cql_cartpole"], runs["cql_pendulum"])}, "the runs have different ones"),
-        ({"run": (str(tmp_path),)}, "not the folder of a training run"),
+        (
+            {"run": (runs["cql_cartpole"], other_env), **cartpole},
+            "--env-id is needed: the runs have different ones",
+        ),
+        ({"run": (file,)}, "not the folder of a training run"),
         ({"run": (runs["cql_pendulum"],), **cartpole}, "its spaces are not those of the data"),
         ({"policy_mode": "greedy"}, "--policy-mode greedy: it must be stochastic or deterministic"),
         ({"gamma": 1.5}, "--gamma 1.5: it must lie in 0.0 to 1"),

@@ -14,6 +14,7 @@ import random
 import re
 import runpy
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -366,6 +367,27 @@ def interrupted(file, kind, out_dir, **flags):
 
 def resume(file, folder):
     return module(file).main(module(file).Args(resume=str(folder)))
+
+
+@pytest.mark.parametrize("file", TRAINING)
+def test_a_run_does_not_go_on_with_other_data(file, usual, tmp_path):
+    """It has units, and online episodes, of those that it began with."""
+    folder = shutil.copytree(usual(file, "box")[1], tmp_path / "run")
+    (folder / "result.json").unlink()
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    episodes, transitions = state["size"]
+    assert episodes == 8 and transitions == (72 if file == "bc.py" else 96)  # of 8 bc trains on 6
+    torch.save(state | {"size": [episodes, transitions - 1]}, folder / "checkpoint.pt")
+    with refused("the data have changed since it began", module(file).UserError):
+        resume(file, folder)
+
+
+def test_many_parts_make_no_folder_whose_name_is_too_long(tmp_path):
+    ids = tuple(f"lab/box-v0[{i}%:{i + 13}%]" for i in range(0, 91, 13))
+    ids += tuple(f"lab/box-more-v0[{i}%:{i + 25}%]" for i in range(0, 100, 25))
+    assert len("+".join(ids)) > 200
+    folder = run("bc", "box", tmp_path, dataset_id=ids)[1]
+    assert len(folder.name) < 200 and json.loads((folder / "args.json").read_text())
 
 
 @pytest.mark.parametrize(("file", "kind"), [*CASES, *ONLINE, *GAP])
