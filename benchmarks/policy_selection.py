@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import ope
@@ -54,7 +55,7 @@ def train(name, seed):
 
 def judge(folder, log, args):
     """A row's numbers from ope.py, which does not look at the environment."""
-    policy, its = ope.load_run(folder, args.device)
+    policy, its, _ = ope.load_run(folder, args.device)
     seen = ope.overlap(its.dataset_id, args.dataset_id)
     report = ope.evaluate_policy(ope.run_policy(str(folder), policy, args, seen=seen), log, args)
     fqe, model = (round(report.estimates[x].value, 2) for x in ("FQE", "model"))
@@ -69,6 +70,7 @@ def main():
     quiet = io.StringIO()
     with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
         ope.use_cpu_well()
+        torch.manual_seed(args.seed)
         log = todo and ope.Log(ope.Dataset(args.dataset_id, device=args.device), args)
     for count, (name, seed) in enumerate(todo, 1):
         with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
