@@ -141,6 +141,8 @@ def Agent(units, args):
     learnable = args.target_gap is None or args.alpha
     require(learnable, "--target-gap learns alpha from --alpha on, which must not be 0")
     require(not args.bc_weight or not units.discrete, "--bc-weight needs Box actions")
+    reachable = not units.discrete or args.target_gap is None or args.target_gap > 0
+    require(reachable, "--target-gap: the gap of Discrete actions is above 0")
     return (DiscreteCQL if units.discrete else ContinuousCQL)(units, args)
 
 
@@ -352,8 +354,11 @@ class TanhNormal:
 
 def health(metrics, data, args):
     """q_health, and where it finds nothing what else can be wrong."""
-    line = q_health(metrics, data, args.gamma, "Raise --alpha.", "Lower --alpha.")
-    if data.units.discrete or line.endswith("alpha."):
+    high, low = "Raise --alpha.", "Lower --alpha." if args.alpha else "Lower --critic-lr."
+    if args.target_gap is not None:  # alpha is learned
+        high, low = "Lower --target-gap.", "Raise --target-gap."
+    line = q_health(metrics, data, args.gamma, high, low)
+    if data.units.discrete or line.endswith((high, low)):
         return line
     distance = f"actions are {metrics['action_distance']:.2g} from the data's"
     return f"{line}; {distance}: if the return is poor, the data are narrow, raise --bc-weight"
@@ -429,7 +434,13 @@ def compiled(update, device):
         return {name: x.detach() for name, x in update(batch).items()}
 
     graph.__code__ = graph.__code__.replace()  # its own cache: without guards agents share one
-    return torch.compile(graph, fullgraph=True, dynamic=False, options=options)
+    graph = torch.compile(graph, fullgraph=True, dynamic=False, options=options)
+
+    def call(batch):  # the first compiles
+        with blaming("--compile"):
+            return graph(batch)
+
+    return call
 
 
 @torch.no_grad()
@@ -766,10 +777,11 @@ def q_health(metrics, data, gamma, if_high, if_low):
     the discounted returns in the data and all that their rewards make possible."""
     q_data, q_policy, reward = metrics["q_data"], metrics["q_policy"], data.transitions.reward
     t = torch.arange(len(reward)).to(data.episode) - torch.searchsorted(data.episode, data.episode)
-    weight = (1 - gamma ** (t + 1)) / (1 - gamma)  # r_t is in t + 1 of the returns
+    weight = (1 - gamma ** (t + 1).double()) / (1 - gamma)  # r_t is in t + 1 of the returns
     mean, size = (reward * weight).mean(), (reward.abs() * weight).mean()
-    cut = data.transitions.terminal.sum() <= data.episode[-1]  # episodes that might have gone on
-    steps = (1 - (0 if cut else gamma ** (t.max().item() + 1))) / (1 - gamma)  # discounted
+    lengths, ends = data.episode.bincount(), data.transitions.terminal.sum()
+    fixed = ends == len(lengths) and lengths.min() == lengths.max()  # else they might have gone on
+    steps = (1 - fixed * gamma ** (t.max().item() + 1)) / (1 - gamma)  # discounted
     low, high = reward.min().clamp(max=0).item() * steps, reward.max().clamp(min=0).item() * steps
     line = f"Q(s, pi(s)) = {q_policy:.4g}, Q on the data {q_data:.4g}, where discounted returns "
     line += f"average {mean:.4g}; possible are {low:.4g} to {high:.4g}"

@@ -358,7 +358,13 @@ def compiled(update, device):
         return {name: x.detach() for name, x in update(batch).items()}
 
     graph.__code__ = graph.__code__.replace()  # its own cache: without guards agents share one
-    return torch.compile(graph, fullgraph=True, dynamic=False, options=options)
+    graph = torch.compile(graph, fullgraph=True, dynamic=False, options=options)
+
+    def call(batch):  # the first compiles
+        with blaming("--compile"):
+            return graph(batch)
+
+    return call
 
 
 @torch.no_grad()
@@ -732,10 +738,11 @@ def q_health(metrics, data, gamma, if_high, if_low):
     the discounted returns in the data and all that their rewards make possible."""
     q_data, q_policy, reward = metrics["q_data"], metrics["q_policy"], data.transitions.reward
     t = torch.arange(len(reward)).to(data.episode) - torch.searchsorted(data.episode, data.episode)
-    weight = (1 - gamma ** (t + 1)) / (1 - gamma)  # r_t is in t + 1 of the returns
+    weight = (1 - gamma ** (t + 1).double()) / (1 - gamma)  # r_t is in t + 1 of the returns
     mean, size = (reward * weight).mean(), (reward.abs() * weight).mean()
-    cut = data.transitions.terminal.sum() <= data.episode[-1]  # episodes that might have gone on
-    steps = (1 - (0 if cut else gamma ** (t.max().item() + 1))) / (1 - gamma)  # discounted
+    lengths, ends = data.episode.bincount(), data.transitions.terminal.sum()
+    fixed = ends == len(lengths) and lengths.min() == lengths.max()  # else they might have gone on
+    steps = (1 - fixed * gamma ** (t.max().item() + 1)) / (1 - gamma)  # discounted
     low, high = reward.min().clamp(max=0).item() * steps, reward.max().clamp(min=0).item() * steps
     line = f"Q(s, pi(s)) = {q_policy:.4g}, Q on the data {q_data:.4g}, where discounted returns "
     line += f"average {mean:.4g}; possible are {low:.4g} to {high:.4g}"

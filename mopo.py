@@ -489,11 +489,15 @@ class TanhNormal:
 
 def health(metrics, data, args):
     """Q of (6) is soft and penalised, and is compared with rewards that are so too."""
+    if not data.transitions.reward.any():
+        return "all rewards are 0, nothing can be learned"
     penalty, knob = (0, "--conservative") if args.conservative else (args.penalty, "--penalty")
-    added = metrics["temperature"] * metrics["entropy"] - penalty * metrics["u_policy"]
+    low = f"Lower {knob}." if penalty or args.conservative else "Lower --critic-lr."
+    penalty *= 1 - args.real_ratio  # real transitions have none; the bonus is given from s' on
+    added = args.gamma * metrics["temperature"] * metrics["entropy"] - penalty * metrics["u_policy"]
     like_q = copy(data)
     like_q.transitions = data.transitions._replace(reward=data.transitions.reward + added)
-    text = q_health(metrics, like_q, args.gamma, f"Raise {knob}.", f"Lower {knob}.")
+    text = q_health(metrics, like_q, args.gamma, f"Raise {knob}.", low)
     return f"with the entropy bonus and a penalty of {penalty:g} u, {text}"
 
 
@@ -505,11 +509,12 @@ def model_report(model, data, held_out, args):
     mean, logvar = model(batch.obs, batch.action)
     x, u = outcome(batch), model.uncertainty(mean, logvar)
     miss, std = (mean - x)[model.elites], (logvar / 2).exp()[model.elites]  # (elites, H, O + 1)
-    share_of = x.var(0).clamp(min=1e-12)  # a variance that may be 0
-    by_u, error = u.argsort().tensor_split(5), miss.norm(dim=-1).mean(0)  # (H,)
+    whole = outcome(data.transitions)
+    share_of = whole.var(0).where(whole.var(0) > 1e-12 * whole.mean(0) ** 2, math.nan)  # constant
+    by_u, error = u.argsort().tensor_split(min(5, len(u))), miss.norm(dim=-1).mean(0)  # (H,)
     penalty, size = (0 if args.conservative else args.penalty) * u, batch.reward.abs()
     table = {
-        "squared error of each elite / variance": ((miss**2).mean(1) / share_of).mean(1),
+        "squared error of each elite / variance": ((miss**2).mean(1) / share_of).nanmean(1),
         "share within 1 std (a right Gaussian: 0.683)": (miss.abs() < std).float().mean((1, 2)),
         **growth(model, data, held_out, args.rollout_length),
         "u, by fifths": [u[i].mean() for i in by_u],
@@ -529,7 +534,8 @@ def growth(model, data, held_out, h):
     and the actions of the data, where an episode has h steps."""
     start = held_out[held_out + h <= len(data.episode)]
     start = start[data.episode[start] == data.episode[start + h - 1]]
-    scale = data.transitions.obs.std(0).clamp(min=1e-6)  # 0 for a constant
+    scale = data.transitions.obs.std(0)
+    scale = scale.where(scale > 1e-6 * data.transitions.obs.mean(0).abs(), math.nan)  # constant
     obs = first = data.transitions.obs[start].expand(model.members, -1, -1)
     table = {f"RMS error 1 to {h} steps ahead, in std of obs": [], "  of predicting no change": []}
     for k in range(h if len(start) else 0):
@@ -537,7 +543,7 @@ def growth(model, data, held_out, h):
         obs = obs + model(obs, batch.action.expand(model.members, -1, -1))[0][..., :-1]
         for errors, s in zip(table.values(), (obs, first), strict=True):
             miss = ((s - batch.next_obs) / scale)[model.elites]
-            errors.append(miss.square().mean().sqrt())
+            errors.append(miss.square().nanmean().sqrt())
     return table
 
 
@@ -624,7 +630,13 @@ def compiled(update, device):
         return {name: x.detach() for name, x in update(batch).items()}
 
     graph.__code__ = graph.__code__.replace()  # its own cache: without guards agents share one
-    return torch.compile(graph, fullgraph=True, dynamic=False, options=options)
+    graph = torch.compile(graph, fullgraph=True, dynamic=False, options=options)
+
+    def call(batch):  # the first compiles
+        with blaming("--compile"):
+            return graph(batch)
+
+    return call
 
 
 @torch.no_grad()
@@ -956,10 +968,11 @@ def q_health(metrics, data, gamma, if_high, if_low):
     the discounted returns in the data and all that their rewards make possible."""
     q_data, q_policy, reward = metrics["q_data"], metrics["q_policy"], data.transitions.reward
     t = torch.arange(len(reward)).to(data.episode) - torch.searchsorted(data.episode, data.episode)
-    weight = (1 - gamma ** (t + 1)) / (1 - gamma)  # r_t is in t + 1 of the returns
+    weight = (1 - gamma ** (t + 1).double()) / (1 - gamma)  # r_t is in t + 1 of the returns
     mean, size = (reward * weight).mean(), (reward.abs() * weight).mean()
-    cut = data.transitions.terminal.sum() <= data.episode[-1]  # episodes that might have gone on
-    steps = (1 - (0 if cut else gamma ** (t.max().item() + 1))) / (1 - gamma)  # discounted
+    lengths, ends = data.episode.bincount(), data.transitions.terminal.sum()
+    fixed = ends == len(lengths) and lengths.min() == lengths.max()  # else they might have gone on
+    steps = (1 - fixed * gamma ** (t.max().item() + 1)) / (1 - gamma)  # discounted
     low, high = reward.min().clamp(max=0).item() * steps, reward.max().clamp(min=0).item() * steps
     line = f"Q(s, pi(s)) = {q_policy:.4g}, Q on the data {q_data:.4g}, where discounted returns "
     line += f"average {mean:.4g}; possible are {low:.4g} to {high:.4g}"

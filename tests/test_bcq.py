@@ -580,10 +580,10 @@ def test_the_actors_step_moves_the_perturbation_alone():
 
 
 def test_continuous_metrics_by_hand():
-    """Candidates s_1 and s_1 + 0.2, pushed down by tanh(-0.5) phi; Q_1 likes the larger one. Where
-    s_1 is at the bound nothing can push it."""
+    """Candidates s_1 and s_1 + 0.2 in turns, pushed down by tanh(-0.5) phi; Q_1 likes the larger
+    one. Where s_1 is at the bound nothing can push it. `spread` draws ten, whatever the flags."""
     agent = continuous_agent(target_samples=2, act_samples=2, phi=0.1)
-    agent.vae.sample = lambda obs: obs[..., :1] + torch.arange(obs.shape[1])[:, None] * 0.2
+    agent.vae.sample = lambda obs: obs[..., :1] + torch.arange(obs.shape[1])[:, None] % 2 * 0.2
     constant(agent.perturbation.net, -0.5)
     constant(agent.perturbation_target.net, 9.0)
     agent.critic = Function(
@@ -598,7 +598,7 @@ def test_continuous_metrics_by_hand():
         "q_data": (2 * batch.action[:, 0] + batch.obs[:, 1]).mean().item(),
         "q_policy": (2 * action[:, 0] + batch.obs[:, 1]).mean().item(),
         "action_distance": ((action - batch.action) ** 2).mean().sqrt().item(),
-        "spread": 0.1,
+        "spread": 0.1 * (10 / 9) ** 0.5,
         "perturbation": 0.75 * move,
     }
     close(agent.diagnose(batch), expected)

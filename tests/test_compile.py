@@ -124,3 +124,14 @@ def test_no_compiler_is_one_line(name):
     without = torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)})
     with without, pytest.raises(module.UserError, match=r"^--compile: InvalidCxxCompiler"):
         module.compiled(lambda batch: {}, "cpu")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_what_fails_while_the_first_update_compiles_is_one_line(name, monkeypatch):
+    def broken(batch):
+        raise KeyError("buf15")
+
+    module = importlib.import_module(name)
+    monkeypatch.setattr(torch, "compile", lambda *x, **y: broken)
+    with pytest.raises(module.UserError, match="^--compile: KeyError: 'buf15'"):
+        module.compiled(lambda batch: {}, "cpu")(None)

@@ -390,10 +390,10 @@ def test_alpha_0_is_double_dqn_bit_for_bit():
     assert same(q, agent.critic) and same(q_target, agent.critic_target)
 
 
-@pytest.mark.parametrize("make", [discrete_agent, continuous_agent])
-def test_alpha_starts_at_its_flag_and_a_target_gap_of_0_is_one_too(make):
+@pytest.mark.parametrize(("make", "gap"), [(discrete_agent, 1e-3), (continuous_agent, 0.0)])
+def test_alpha_starts_at_its_flag_and_a_target_gap_of_0_is_one_too(make, gap):
     torch.manual_seed(0)
-    agent = make(target_gap=0.0, alpha=0.7)
+    agent = make(target_gap=gap, alpha=0.7)
     metrics = {name: value.item() for name, value in agent.update(random_batch(agent)).items()}
     assert metrics["alpha"] == pytest.approx(0.7)
     assert metrics["gap"] > 0 and agent.log_alpha.exp() > 0.7005
@@ -465,6 +465,8 @@ def test_flags_that_make_no_sense_together():
             make(alpha=0.0, target_gap=1.0)
     with pytest.raises(cql.UserError, match="--bc-weight needs Box"):
         discrete_agent(bc_weight=1.0)
+    with pytest.raises(cql.UserError, match="the gap of Discrete actions is above 0"):
+        discrete_agent(target_gap=0.0)
 
 
 def test_health_raises_alpha_where_q_is_too_high_and_lowers_it_where_q_is_too_low():
@@ -485,3 +487,10 @@ def test_health_raises_alpha_where_q_is_too_high_and_lowers_it_where_q_is_too_lo
             assert cql.health(sane | {name: -10.4}, data, args).endswith(
                 "too pessimistic. Lower --alpha."
             )
+            for flags, too_high, too_low in (
+                ({"alpha": 0.0}, "Raise --alpha.", "Lower --critic-lr."),
+                ({"target_gap": 3.0}, "Lower --target-gap.", "Raise --target-gap."),
+            ):
+                other = Args(gamma=0.9, **flags)
+                assert cql.health(sane | {name: 20.4}, data, other).endswith(f"tes. {too_high}")
+                assert cql.health(sane | {name: -10.4}, data, other).endswith(f"tic. {too_low}")

@@ -744,25 +744,31 @@ def test_diagnose_equals_values_by_hand():
 
 
 def test_health_compares_q_with_rewards_that_have_the_bonus_and_the_penalty():
-    """Rewards are 0 to 1, the bonus 0.2 * 0.5, lambda u 2 * 0.3, gamma 0.9, the episode is cut:
-    possible are 10 times -0.5 to 0.5 or, without the penalty, 0 to 1.1."""
+    """Rewards are 0 to 1, the bonus 0.2 * 0.5, lambda u 2 * 0.3 in the imagined half of a batch,
+    gamma 0.9, the episode is cut. The bonus comes a step late: possible are 10 times 0.09 - 0.3 to
+    1.09 - 0.3 or, without the penalty, 0 to 1.09."""
     reward = torch.tensor([0.0, 1.0]).repeat(50)
     data = make_data(random_batch(100, terminal=0.0)._replace(reward=reward), 100)
     facts = {"temperature": 0.2, "entropy": 0.5, "u_policy": 0.3, "u_data": 7.0}
 
     def health(q, **flags):
-        args = Args(gamma=0.9, **({"penalty": 2.0} | flags))
+        args = Args(gamma=0.9, **({"penalty": 2.0, "real_ratio": 0.5} | flags))
         return mopo.health(facts | {"q_data": 0.0, "q_policy": q}, data, args)
 
-    assert "possible are -5 to 5" in health(4.9)
-    assert "possible are 0 to 11" in health(10.9, conservative=1.0)
-    for q, advice in ((5.2, "Raise --penalty."), (-5.2, "Lower --penalty.")):
+    assert "a penalty of 1 u" in health(7.8) and "possible are -2.1 to 7.9" in health(7.8)
+    assert "possible are 0 to 10.9" in health(10.8, conservative=1.0)
+    assert "possible are 0 to 10.9" in health(10.8, real_ratio=1.0)
+    for q, advice in ((8.1, "Raise --penalty."), (-2.3, "Lower --penalty.")):
         assert health(q).endswith(advice)
-    for q in (-4.9, 4.9):
+    for q in (-2, 7.8):
         assert "Raise" not in health(q) and "Lower" not in health(q)
+    assert health(11.2, penalty=0.0).endswith("Raise --penalty.")
+    assert health(-0.2, penalty=0.0).endswith("Lower --critic-lr.")
     assert health(11.2, conservative=1.0).endswith("Raise --conservative.")
     assert health(-0.2, conservative=1.0).endswith("Lower --conservative.")
     assert torch.equal(data.transitions.reward, reward)
+    data.transitions = data.transitions._replace(reward=0 * reward)
+    assert health(1.0) == "all rewards are 0, nothing can be learned"
 
 
 # ---- The report ----
@@ -809,6 +815,31 @@ def test_the_report_on_a_right_and_on_an_overconfident_model():
     with torch.no_grad():
         model.net.bias[0][:, 3:] -= math.log(4)  # half the std
     assert reported(model, data, everything)[1][inside] == pytest.approx([0.383] * 5, abs=0.01)
+
+
+def test_the_report_leaves_out_what_is_constant():
+    """An error there is no multiple of the variance, 0."""
+    model, data, _ = perfect_model()
+    batch, everything = data.transitions, torch.arange(len(data.episode))
+    change = batch.next_obs - batch.obs
+    data.transitions = batch._replace(reward=torch.full_like(batch.reward, -1.0))
+    share = reported(model, data, everything)[1]["squared error of each elite / variance"]
+    assert share == pytest.approx([(0.01 / change.var(0)).mean().item()] * 5, rel=0.05)
+    constant = torch.full((len(change), 1), 0.7)
+    obs, next_obs = (torch.cat([x[:, :1], constant], 1) for x in (batch.obs, batch.next_obs))
+    data.transitions = batch._replace(obs=obs, next_obs=next_obs)
+    with torch.no_grad():
+        _, (none,) = mopo.growth(model, data, everything, 1).values()
+    expected = (change[:, 0] / obs[:, 0].std()).square().mean().sqrt()
+    assert none.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_the_report_on_fewer_transitions_than_fifths():
+    model, data, _ = perfect_model()
+    rows = reported(model, data, torch.arange(3))[1]
+    assert len(rows["u, by fifths"]) == 3 and all(
+        map(math.isfinite, itertools.chain(*rows.values()))
+    )
 
 
 def test_the_growth_table_of_a_perfect_model_is_zero_and_of_a_wrong_one_is_exact():

@@ -1059,13 +1059,27 @@ def test_q_health(q_data, q_policy, problem):
     assert line.endswith(problem or "20")
 
 
-def test_q_health_takes_the_mean_of_the_discounted_returns_and_the_longest_episode():
-    rewards, gamma = [1.0, 2.0, 3.0, 5.0, 7.0], 0.5
-    returns = [1 + (2 + 3 * gamma) * gamma, 2 + 3 * gamma, 3, 5 + 7 * gamma, 7]
-    for terminal, steps in ((0.0, 2), (1.0, 1 + 0.5 + 0.25)):  # cut: it might have gone on
-        data = health_data(rewards, terminal, (3, 2))
+def test_q_health_takes_the_mean_of_the_discounted_returns_and_the_horizon():
+    """Which is endless where an episode was cut, or where one ended sooner than another: then a
+    better policy may live longer than any that was logged."""
+    rewards, gamma = [1.0, 2.0, 3.0, 5.0, 7.0, 0.0], 0.5
+    returns = [1 + (2 + 3 * gamma) * gamma, 2 + 3 * gamma, 3, 5 + 7 * gamma, 7, 0]
+    other = [1 + 2 * gamma, 2, 3 + (5 + 7 * gamma) * gamma, 5 + 7 * gamma, 7, 0]
+    for terminal, lengths, steps, expected in (
+        (0.0, (3, 3), 2, returns),
+        (1.0, (3, 3), 1 + 0.5 + 0.25, returns),
+        (1.0, (2, 4), 2, other),
+    ):
+        data = health_data(rewards, terminal, lengths)
         line = cql.q_health({"q_data": 1, "q_policy": 1}, data, gamma, "", "")
-        assert f"average {np.mean(returns):.4g}; possible are 0 to {7 * steps:.4g}" in line
+        assert f"average {np.mean(expected):.4g}; possible are 0 to {7 * steps:.4g}" in line
+
+
+def test_q_health_knows_returns_of_gammas_near_1():
+    """1 - gamma^(t + 1) has few digits in float32."""
+    data = health_data([-1.0] * 30, 0.0, (30,))
+    line = cql.q_health({"q_data": -1, "q_policy": -1}, data, 1 - 1e-6, "", "")
+    assert "average -15.5;" in line
 
 
 def test_q_health_asks_for_another_scale_by_the_size_of_the_rewards():
