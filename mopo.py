@@ -631,12 +631,7 @@ def compiled(update, device):
 
     graph.__code__ = graph.__code__.replace()  # its own cache: without guards agents share one
     graph = torch.compile(graph, fullgraph=True, dynamic=False, options=options)
-
-    def call(batch):  # the first compiles
-        with blaming("--compile"):
-            return graph(batch)
-
-    return call
+    return blaming("--compile")(graph)  # the first call compiles
 
 
 @torch.no_grad()

@@ -133,5 +133,5 @@ def test_what_fails_while_the_first_update_compiles_is_one_line(name, monkeypatc
 
     module = importlib.import_module(name)
     monkeypatch.setattr(torch, "compile", lambda *x, **y: broken)
-    with pytest.raises(module.UserError, match="^--compile: KeyError: 'buf15'"):
+    with pytest.raises(module.UserError, match=r"^--compile: KeyError: 'buf15'"):
         module.compiled(lambda batch: {}, "cpu")(None)
