@@ -82,7 +82,7 @@ def test_agents_in_one_process_have_graphs_of_their_own(in_float64):
             expected = one.update(batch)["value_loss"].detach()
             torch.testing.assert_close(update(batch)["value_loss"], expected, rtol=1e-9, atol=1e-9)
     before = deepcopy(agents[0].state_dict())
-    with pytest.raises(RuntimeError, match="expected size 16==32"):
+    with pytest.raises(module.UserError, match="expected size 16==32"):
         updates[0](module.Batch(*(x[:16] for x in batch)))
     assert all(torch.equal(x, before[key]) for key, x in agents[0].state_dict().items())
 
