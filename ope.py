@@ -1422,7 +1422,7 @@ def find_env(data, env_id, unless="with --eval-episodes 0"):
         env, space = make(), data.units.observation_space
         limit = env.spec.max_episode_steps or data.longest
         if not env.spec.max_episode_steps:
-            print(f"the environment has no time limit: {limit} steps, the longest in the data")
+            print(f"the environment has no time limit: an episode ends after {limit} steps")
         row = spaces.flatten(space, env.reset(seed=0)[0])
         same = len(row) == data.units.obs_dim and env.action_space == data.units.action_space
         require(same, "its spaces are not those of the data")

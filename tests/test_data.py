@@ -602,7 +602,7 @@ def test_a_dataset_without_environment_and_env_id(capsys, registered):
     assert steps_of(find_env(name, "Endless-v0")()) == 9
     printed = capsys.readouterr().out
     assert "no evaluation" not in printed
-    assert "no time limit: 9 steps, the longest in the data" in printed
+    assert "no time limit: an episode ends after 9 steps" in printed
 
 
 def test_the_best_episodes_do_not_set_the_time_limit_of_the_evaluation(registered):
