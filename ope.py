@@ -458,7 +458,8 @@ def weight_summary(ratio):
 def weight_problem(weights):
     """Why ratios say nothing, or "" (rule 2 of `verdict`)."""
     ess, mean, largest = weights.sizes[-1], weights.mean, weights.largest
-    followed, some, enough = ((weights.sizes >= size).sum() for size in (1e-9, 10, 50))
+    last = (np.flatnonzero(weights.sizes >= size) + 1 for size in (1e-9, 10, 50))
+    followed, some, enough = (max(steps, default=0) for steps in last)
     if not ess:
         problem = f"no overlap: no logged episode follows the policy for more than {followed} steps"
     elif mean > 10 or abs(mean - 1) > 3 * weights.error + 1e-3:
@@ -493,18 +494,19 @@ def hcope_bound(x, seed=0):
 
 
 def lower_bounds(log, ratio, problem):
-    """{name: 95% lower bound of J}, from (2). Contributions must be >= 0: rewards are shifted by
-    the lowest that can occur, which is taken back as E[w_t] = 1."""
-    logged, lowest, hcope = log.reward.min(), log.args.lowest_reward, "HCOPE"
+    """{name: 95% lower bound of J}, from (2). HCOPE's contributions must be >= 0: rewards are
+    shifted by the lowest that can occur, which is taken back as E[w_t] = 1."""
+    logged, lowest, hcope = log.reward[log.inside].min(), log.args.lowest_reward, "HCOPE"
     if lowest is None:
         lowest = logged
-        hcope = f"HCOPE, if no reward is below {logged:.4g}, the lowest logged one"
-    require(lowest <= logged, f"--lowest-reward {lowest}: the logs have {logged:.4g}")
+        hcope = f"HCOPE, if no reward is below {logged:.4g}, the lowest in T steps of the logs"
+    require(np.float32(lowest) <= logged, f"--lowest-reward {lowest}: the logs have {logged:.4g}")
     lowest = min(0.0, lowest)  # 0 is what is earned after the end
     with np.errstate(over="ignore", invalid="ignore"):  # weights that overflow
-        x = (step_weights(ratio) * (log.reward - lowest)) @ log.discounts
+        w = step_weights(ratio)
+        pdis, x = ((w * r) @ log.discounts for r in (log.reward, log.reward - lowest))
     shift = lowest * log.discounts.sum()
-    bounds = {} if problem else {"PDIS, Student's t": student_t_bound(x) + shift}
+    bounds = {} if problem else {"PDIS, Student's t": student_t_bound(pdis)}
     if log.n >= 40 and np.isfinite(x).all():
         bounds[hcope] = hcope_bound(x) + shift
     return bounds
@@ -594,7 +596,8 @@ class Log:
               f"logged policy earned {self.returns.mean():.4g}")  # fmt: skip
         require(self.n > 1, "at least two episodes are needed")
         rng, p = np.random.default_rng(args.seed), np.full(self.n, 1 / self.n)
-        self.resamples = rng.multinomial(self.n, p, args.resamples) / self.n  # (B, n)
+        with blaming(f"--resamples {args.resamples} of {self.n} episodes, 16 bytes each"):
+            self.resamples = rng.multinomial(self.n, p, args.resamples) / self.n  # (B, n)
         half = torch.stack([torch.randperm(self.n) % 2 == 0 for _ in range(4)], 1)  # (n, 4)
         seen = torch.stack([half, ~half], 2).flatten(1)  # by each member of FQE (n, E)
         self.seen = seen.to(self.step.device)
@@ -957,6 +960,8 @@ def true_value(policy, make_env, episodes, log):
         return gym.wrappers.TimeLimit(env, log.horizon)
 
     with blaming("--verify"):
+        limit = getattr(make_env().spec, "max_episode_steps", None) or log.horizon
+        require(limit >= log.horizon, f"episodes end after {limit} steps, before T = {log.horizon}")
         returns = evaluate(policy, make, episodes)
     return returns.mean(), returns.std(ddof=1) / math.sqrt(episodes)
 
@@ -994,9 +999,13 @@ def print_report(report):
 
 def print_ranking(reports):
     """Policies from best to worst, by what the verdicts believe of all of them."""
-    believed = {verdict(report)[0] for report in reports}
+    verdicts = [verdict(report) for report in reports]
+    believed = {name for name, _ in verdicts}
     if "" in believed:
         print("\nno ranking: there is a policy of which nothing can be believed")
+        return
+    if len(believed) > 1 and any(x == "WDR" and "FQE agree" not in line for x, line in verdicts):
+        print("\nno ranking: FQE alone says something of all, and is not believed of each")
         return
     by, hint = ("FQE", ", a hint, no more") if "FQE" in believed else ("WDR", "")
     print(f"\nranking by {by}{hint}")

@@ -575,6 +575,7 @@ def test_hcope_holds_where_the_worst_reward_is_not_in_the_log():
         for lowest in above:
             args = Args(lowest_reward=lowest)
             log = SimpleNamespace(args=args, reward=reward, discounts=np.ones(1), n=60)
+            log.inside = reward < 2
             bounds = ope.lower_bounds(log, np.ones((60, 1)), "")
             (name,) = (name for name in bounds if name.startswith("HCOPE"))
             above[lowest] += bounds[name] > truth
@@ -589,10 +590,39 @@ def test_hcope_holds_where_the_worst_reward_is_not_in_the_log():
     log.n = 39  # too few for HCOPE; with a problem nothing for Student
     assert list(ope.lower_bounds(log, np.ones((60, 1)), "")) == ["PDIS, Student's t"]
     assert ope.lower_bounds(log, np.ones((60, 1)), "few") == {}
-    log.args, log.reward = Args(lowest_reward=-2.0), np.zeros((60, 2))
-    log.discounts = np.array([1, 0.5])  # what was added to the rewards is taken back discounted
-    bounds = ope.lower_bounds(log, np.ones((60, 2)), "")
-    assert bounds == {"PDIS, Student's t": pytest.approx(0)}
+    log.args, log.reward, log.n = Args(lowest_reward=-2.0), np.zeros((60, 2)), 60
+    log.discounts, log.inside = np.array([1, 0.5]), np.ones((60, 2), bool)
+    bounds = ope.lower_bounds(log, np.ones((60, 2)), "")  # what was added is taken back discounted
+    expected = {"PDIS, Student's t": 0, "HCOPE": ope.hcope_bound(np.full(60, 3.0)) - 3}
+    assert bounds == pytest.approx(expected)
+
+
+def test_students_bound_is_that_of_pdis_whatever_the_lowest_reward():
+    """Nothing is shifted for it: with negative rewards that would add the weights' noise."""
+    rng = np.random.default_rng(0)
+    ratio, reward, discounts = rng.uniform(0.5, 1.5, (80, 3)), rng.normal(size=(80, 3)), np.ones(3)
+    inside = np.ones((80, 3), bool)
+    log = SimpleNamespace(reward=reward, discounts=discounts, inside=inside, n=80)
+    for lowest in (None, -20.0, -1000.0):
+        log.args = Args(lowest_reward=lowest)
+        bounds = ope.lower_bounds(log, ratio, "")
+        expected = student_t_bound((ratio.cumprod(1) * reward).sum(1))
+        assert bounds["PDIS, Student's t"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_lowest_reward_is_one_of_an_episode_and_may_be_a_decimal():
+    """Not the 0 after its end; -0.1 is a little less in float32, as rewards are read."""
+    log = SimpleNamespace(reward=np.array([[2.0, 0.0], [1.0, 3.0]] * 30), n=60, args=Args())
+    log.inside, log.discounts = np.array([[True, False], [True, True]] * 30), np.ones(2)
+    assert "HCOPE, if no reward is below 1, " in ", ".join(
+        ope.lower_bounds(log, log.inside * 1, "")
+    )
+    log.args = Args(lowest_reward=-0.1)
+    log.reward = log.inside * np.float64(np.float32(-0.1))
+    assert "HCOPE" in ope.lower_bounds(log, log.inside * 1, "")
+    log.args = Args(lowest_reward=-0.09)
+    with pytest.raises(UserError, match=r"--lowest-reward -0\.09: the logs have -0\.1"):
+        ope.lower_bounds(log, log.inside * 1, "")
 
 
 # Laws of Box actions
@@ -1116,6 +1146,9 @@ def test_the_truth_has_the_horizon_and_the_discount():
     truth, error = ope.true_value(by_table([[0.3, 0.7]], units, args), Counter, 4000, log)
     assert truth == pytest.approx(0.7 * 1.75, abs=4 * error)
     assert error == pytest.approx(0.5 * np.sqrt(21 / 16 * 0.84 / 4000), rel=0.1)
+    limited = partial(gym.make, "CartPole-v1", max_episode_steps=2)
+    with pytest.raises(UserError, match="episodes end after 2 steps, before T = 3"):
+        ope.true_value(None, limited, 2, log)
 
 
 def test_units_of_observations_and_rewards_do_not_matter():
@@ -1229,6 +1262,7 @@ def test_what_makes_ratios_useless():
     assert problem(summary(sizes=(5.0, 2.0, 0.0, 0.0))) == none  # a horizon of 2 says nothing, too
     assert problem(summary(sizes=(30.0, 20.0, 0.0, 0.0))) == f"{none}; try --horizon 2"
     assert problem(summary(sizes=(60.0, 20.0, 0.0, 0.0))) == f"{none}; try --horizon 1"
+    assert problem(summary(sizes=(30.0, 9.0, 12.0, 8.0))).endswith("; try --horizon 3")  # not 2
 
 
 def test_rank_correlation_and_regret():
@@ -1303,7 +1337,12 @@ def test_the_example_runs_and_the_horizon_collapses_the_sample(capsys):
         assert e.low - 0.5 - 3 * error < truth < e.high + 0.5 + 3 * error
         assert e.gain[0] == pytest.approx(e.value - one.log.returns.mean())
         assert e.gain[1] > 4 and e.gain[2] - e.gain[1] < 3  # paired: better, and by how much
-    for line in ("behaviour policy as logged", "the lowest logged one", "100% not 0", "error"):
+    for line in (
+        "behaviour policy as logged",
+        "if no reward is below 1, the lowest in T steps of the logs",
+        "100% not 0",
+        "error",
+    ):
         assert line in text
     assert text.splitlines()[-1].startswith("verdict: ")
     errors = "FQE by {FQE:+.3g}, model by {model:+.3g}".format(**one.log.errors)
@@ -1458,9 +1497,18 @@ def test_users_policies_are_ranked(policies, capsys):
     good.estimates["model"] = good.estimates["FQE"]
     ope.print_ranking([good, bad])
     assert "ranking by FQE, a hint, no more" in capsys.readouterr().out
+    good.problem, fqe = "", bad.estimates["FQE"]
+    bad.problem, bad.log.errors = "no ratios", {"FQE": 0.0, "model": 0.0}
+    bad.estimates["model"] = fqe
+    ope.print_ranking([good, bad])
+    assert "ranking by FQE" in capsys.readouterr().out  # which agrees with WDR on the good one
+    good.estimates["FQE"] = fqe._replace(value=900.0, low=899.0, high=901.0)
+    good.weights.sizes[-1] = 99.0
+    ope.print_ranking([good, bad])
+    assert "no ranking: FQE alone says something of all" in capsys.readouterr().out
     bad.seen = True
     ope.print_ranking([good, bad])
-    assert "no ranking" in capsys.readouterr().out
+    assert "no ranking: there is a policy" in capsys.readouterr().out
 
 
 def test_densities_of_users_policies(policies):
