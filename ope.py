@@ -127,6 +127,9 @@ def main(args: Args) -> dict:
     make_env = find_env(data, args.env_id, "without --verify") if args.verify else None
     torch.manual_seed(args.seed)
     log, reports = Log(data, args), {}
+    limit = make_env().spec.max_episode_steps if make_env else log.horizon
+    enough = limit >= log.horizon
+    require(enough, f"--verify: the environment ends after {limit} steps; --horizon {limit}")
     for note in log.notes:
         print(f"note: {note}")
     if args.run and args.policy_mode == "stochastic":
@@ -275,7 +278,8 @@ class QNetwork:
         annuity = np.append(0, (log.gamma ** np.arange(log.horizon)).cumsum())  # of h = 0, 1, ...
         per_step = log.returns / annuity[-1]  # D4
         self.center, spread = float(per_step.mean()), float(per_step.std(ddof=1))
-        self.scale = spread if spread > 1e-6 * abs(self.center) else 1.0  # else it is rounding
+        size = float(abs(log.reward).max())
+        self.scale = spread if spread > 1e-6 * size else size or 1.0  # else it is rounding
         self.annuity, self.standardize = log.obs.new_tensor(annuity), log.standardize
         sizes = log.obs.shape[1] + log.action.shape[1] + 2, *args.hidden, 1
         self.net = MLP(members, *sizes).to(log.obs.device)
@@ -858,7 +862,8 @@ def load(args):
     data, policies = Dataset(ids, device=args.device), []
     data.longest = max(data.longest, args.horizon or 0)
     envs = {its.env_id for _, its, _ in runs.values()}
-    require(args.env_id or len(envs) < 2, "--env-id is needed: the runs have different ones")
+    one = args.env_id or len(envs) < 2 or not args.verify
+    require(one, "--env-id is needed: the runs have different ones")
     for folder, (policy, its, _) in runs.items():
         with blaming(f"--run {folder}"):
             its_spaces = policy.units.observation_space, policy.units.action_space
@@ -960,8 +965,6 @@ def true_value(policy, make_env, episodes, log):
         return gym.wrappers.TimeLimit(env, log.horizon)
 
     with blaming("--verify"):
-        limit = getattr(make_env().spec, "max_episode_steps", None) or log.horizon
-        require(limit >= log.horizon, f"episodes end after {limit} steps, before T = {log.horizon}")
         returns = evaluate(policy, make, episodes)
     return returns.mean(), returns.std(ddof=1) / math.sqrt(episodes)
 
@@ -1253,7 +1256,8 @@ def builtin_dataset(dataset_id):
     twin = dataset_id == "pendulum/0.6-v0"  # of medium: no dataset has two names
     name = r"(pendulum|cartpole)/(random|medium|expert|mixed|0\.\d*[1-9])-v0"
     known = not twin and re.fullmatch(name, dataset_id)
-    names = "{pendulum,cartpole}/{random,medium,expert,mixed}-v0 and, by the noise, 0.35-v0"
+    names = "{pendulum,cartpole}/{random,medium,expert,mixed}-v0 and, by the noise, 0.35-v0 (not "
+    names += "0.350; pendulum/0.6 is medium, 0.0 expert)"
     require(known, f"not on disk, and not built in, as are {names}")
     rng, episodes, cartpole = np.random.default_rng(0), [], known[1] == "cartpole"
     noises = {"random": 1, "medium": 0.3 if cartpole else 0.6, "expert": 0, "mixed": None}
@@ -1391,8 +1395,8 @@ class Dataset:
         self.reference = references.pop() if len(references) == 1 else None
         self.returns = returns = np.array([r.sum() for r in reward])  # (episodes,) undiscounted
         if reward_scale == "return-range":
-            spread = np.ptp(returns)
-            reward_scale = 1000 / spread if spread > 1e-9 * abs(returns).max() else 1.0
+            spread, size = np.ptp(returns), max(abs(r).sum() for r in reward)
+            reward_scale = 1000 / spread if spread > 1e-9 * size else 1.0
         self.reward_scale, self.reward_shift = reward_scale, reward_shift
         size = f"{sum(map(len, reward))} transitions in {len(rows)} episodes"
         mean_min_max = f"{returns.mean():.1f} ({returns.min():.1f} to {returns.max():.1f})"

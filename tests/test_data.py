@@ -741,8 +741,10 @@ def test_return_range_of_returns_that_differ_by_rounding_alone():
     """Sums of the same rewards in another order."""
     rewards = [np.array([0.1, 0.2, 0.3]), np.array([0.3, 0.2, 0.1])]
     assert rewards[0].sum() != rewards[1].sum()
-    data = load_stored([episode(3, rewards=r) for r in rewards], reward_scale="return-range")
-    assert data.reward_scale == 1.0
+    around_0 = [np.array([0.1, 0.2, -0.3]), np.array([-0.3, 0.2, 0.1])]
+    for name, pair in (("lab/one-v0", rewards), ("lab/two-v0", around_0)):
+        store([episode(3, rewards=r) for r in pair], name=name)
+        assert load(name, reward_scale="return-range").reward_scale == 1.0
 
 
 # ---- Logged probabilities of the behaviour ----

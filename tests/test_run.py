@@ -375,10 +375,16 @@ def test_a_run_does_not_go_on_with_other_data(file, usual, tmp_path):
     folder = shutil.copytree(usual(file, "box")[1], tmp_path / "run")
     (folder / "result.json").unlink()
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
-    episodes, transitions = state["size"]
+    episodes, transitions, mean = state["facts"]
     assert episodes == 8 and transitions == (72 if file == "bc.py" else 96)  # of 8 bc trains on 6
-    torch.save(state | {"size": [episodes, transitions - 1]}, folder / "checkpoint.pt")
-    with refused("the data have changed since it began", module(file).UserError):
+    error = module(file).UserError
+    for other in ([8, transitions - 1, mean], [8, transitions, 1.01 * mean]):
+        torch.save(state | {"facts": other}, folder / "checkpoint.pt")
+        with refused("the data have changed since it began", error):
+            resume(file, folder)
+    del state["facts"]
+    torch.save(state, folder / "checkpoint.pt")
+    with refused("an older version made it: go on with the file in there", error):
         resume(file, folder)
 
 
