@@ -511,12 +511,11 @@ def model_report(model, data, held_out, args):
     miss, std = (mean - x)[model.elites], (logvar / 2).exp()[model.elites]  # (elites, H, O + 1)
     whole = outcome(data.transitions)
     varies = whole.var(0) > 1e-12 * whole.mean(0) ** 2  # the others are constant
+    share = ((miss**2).mean(1) / whole.var(0))[:, varies]  # (elites, those)
     by_u, error = u.argsort().tensor_split(min(5, len(u))), miss.norm(dim=-1).mean(0)  # (H,)
     penalty, size = (0 if args.conservative else args.penalty) * u, batch.reward.abs()
     table = {
-        "squared error of each elite / variance": ((miss**2).mean(1) / whole.var(0))[
-            :, varies
-        ].mean(1),
+        "squared error of each elite / variance": share.mean(1),
         "share within 1 std (a right Gaussian: 0.683)": (miss.abs() < std).float().mean((1, 2)),
         **growth(model, data, held_out, args.rollout_length),
         "u, by fifths": [u[i].mean() for i in by_u],

@@ -848,6 +848,14 @@ def test_built_in_datasets_are_always_the_same(builtin, name):
     assert torch.equal(torch.get_rng_state(), rng)
 
 
+def test_no_episode_counts_twice():
+    name = store([episode() for _ in range(4)])
+    assert len(load(f"{name}[:50%]", f"{name}[50%:]").returns) == 4
+    for parts in ((name, name), (f"{name}[:51%]", f"{name}[50%:]"), (f"{name}[50%:]", name)):
+        with refused("its episodes would count twice"):
+            load(*parts)
+
+
 @pytest.mark.parametrize("name", ["cartpole/0.70-v0", "pendulum/0.0-v0", "pendulum/0.6-v0"])
 def test_no_dataset_has_two_names(name):
     """pendulum/0.6-v0 is medium, 0.0 expert: ope.py compares ids to know what a run has seen."""

@@ -764,6 +764,7 @@ def test_health_compares_q_with_rewards_that_have_the_bonus_and_the_penalty():
         assert "Raise" not in health(q) and "Lower" not in health(q)
     assert health(11.2, penalty=0.0).endswith("Raise --penalty.")
     assert health(-0.2, penalty=0.0).endswith("Lower --critic-lr.")
+    assert health(-0.2, real_ratio=1.0).endswith("Lower --critic-lr.")  # where no penalty is taken
     assert health(11.2, conservative=1.0).endswith("Raise --conservative.")
     assert health(-0.2, conservative=1.0).endswith("Lower --conservative.")
     assert torch.equal(data.transitions.reward, reward)
@@ -832,6 +833,12 @@ def test_the_report_leaves_out_what_is_constant():
         _, (none,) = mopo.growth(model, data, everything, 1).values()
     expected = (change[:, 0] / obs[:, 0].std()).square().mean().sqrt()
     assert none.item() == pytest.approx(expected.item(), rel=1e-4)
+    data.transitions = batch  # a model that diverges is not taken for a constant
+    model.net.weight[0].data[:, 0] = math.nan  # in one column
+    share = reported(model, data, everything)[1]["squared error of each elite / variance"]
+    with torch.no_grad():
+        own, _ = mopo.growth(model, data, everything, 1).values()
+    assert math.isnan(share[0]) and math.isnan(own[0])
 
 
 def test_the_report_on_fewer_transitions_than_fifths():

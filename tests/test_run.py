@@ -1086,6 +1086,9 @@ def test_q_health_knows_returns_of_gammas_near_1():
     data = health_data([-1.0] * 30, 0.0, (30,))
     line = cql.q_health({"q_data": -1, "q_policy": -1}, data, 1 - 1e-6, "", "")
     assert "average -15.5;" in line
+    data = health_data([1.0, 0.0], 1.0, (1, 1))
+    line = cql.q_health({"q_data": 1, "q_policy": 1}, data, 1 - 1e-6, "", "")
+    assert line.endswith("possible are 0 to 1")
 
 
 def test_q_health_asks_for_another_scale_by_the_size_of_the_rewards():
